@@ -1,0 +1,92 @@
+"""Flux.1: dev, schnell, Krea, Kontext, Fill and whatever else ComfyUI loads as the same class."""
+
+from __future__ import annotations
+
+import torch
+from comfy.ldm.flux.layers import ModulationOut, apply_mod, timestep_embedding
+from comfy.ldm.flux.math import apply_rope1
+from comfy.ldm.flux.model import Flux
+from torch import Tensor, nn
+
+name = "Flux.1"
+text_encoder = "t5xxl"
+
+
+def matches(model: nn.Module) -> bool:
+    """Flux.2 (global modulation, patch 1) and LongCat and Ovis (text has positions) share the class, but
+    not what the concept stream relies on."""
+    if not isinstance(model, Flux):
+        return False
+    params = model.params
+    return params.patch_size == 2 and not params.global_modulation and not params.txt_ids_dims
+
+
+def depth(model: Flux) -> int:
+    return len(model.double_blocks)
+
+
+def default_layers(model: Flux) -> tuple[int, ...]:
+    """The last four: 15 to 18 of Flux.1's 19, as in the reference."""
+    return tuple(range(max(0, depth(model) - 4), depth(model)))
+
+
+def token_width(model: Flux) -> int:
+    return model.params.context_in_dim
+
+
+def grid(model: Flux, x: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches of a latent (B, C, H, W). Odd sizes are padded by the model."""
+    patch = model.patch_size
+    return (x.shape[-2] + patch // 2) // patch, (x.shape[-1] + patch // 2) // patch
+
+
+def rotate(keys: Tensor, pe: Tensor | None) -> Tensor:
+    return keys if pe is None else apply_rope1(keys, pe)
+
+
+class TextStream:
+    """The text weights of ``model`` with the concepts' modulation vector: that of the prompt, with zeros
+    in place of the pooled text (``vector_in`` of zeros is not zero).
+
+    ``timestep`` and ``guidance`` are those given to the model for these rows, each (B,).
+    """
+
+    def __init__(self, model: Flux, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> None:
+        self._model = model
+        vec = model.time_in(timestep_embedding(timestep, 256).to(dtype))
+        if model.params.guidance_embed and guidance is not None:
+            vec = vec + model.guidance_in(timestep_embedding(guidance, 256).to(dtype))
+        if model.vector_in is not None:
+            vec = vec + model.vector_in(vec.new_zeros(len(vec), model.params.vec_in_dim))
+        self.vec = vec
+
+    def embed(self, concepts: Tensor) -> Tensor:
+        hidden = concepts.to(self.vec)
+        if self._model.txt_norm is not None:
+            hidden = self._model.txt_norm(hidden)
+        return self._model.txt_in(hidden).expand(len(self.vec), -1, -1)
+
+    def block(self, layer: int) -> _TextBlock:
+        block = self._model.double_blocks[layer]
+        return _TextBlock(block, *block.txt_mod(self.vec))
+
+
+class _TextBlock:
+    def __init__(self, block: nn.Module, attention: ModulationOut, mlp: ModulationOut) -> None:
+        self._block, self._attention, self._mlp = block, attention, mlp
+
+    def qkv(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        block = self._block
+        modulated = apply_mod(block.txt_norm1(hidden), 1 + self._attention.scale, self._attention.shift)
+        qkv = block.txt_attn.qkv(modulated)
+        q, k, v = qkv.view(*qkv.shape[:2], 3, block.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return *block.txt_attn.norm(q, k, v), v
+
+    def update(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        block = self._block
+        hidden = hidden + apply_mod(block.txt_attn.proj(attended), self._attention.gate)
+        modulated = apply_mod(block.txt_norm2(hidden), 1 + self._mlp.scale, self._mlp.shift)
+        hidden = hidden + apply_mod(block.txt_mlp(modulated), self._mlp.gate)
+        if hidden.dtype == torch.float16:  # as the model's block does with its text
+            hidden = torch.nan_to_num(hidden, nan=0.0, posinf=65504, neginf=-65504)
+        return hidden

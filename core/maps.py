@@ -1,0 +1,101 @@
+"""Recorded scores to concept maps. Shapes: B images, K concepts, patch grid h x w."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .concepts import Concepts
+from .recording import Recording
+
+
+@dataclass(frozen=True)
+class ConceptMaps:
+    """One map per concept and image.
+
+    Attributes:
+        values: (B, K, h, w) float32 in 0..1, background concepts last. With a softmax they add up to 1 in
+            every patch; else they share one scale per image.
+        image_size, coverage: as in ``Recording``.
+    """
+
+    values: Tensor
+    concepts: Concepts
+    image_size: tuple[int, int]
+    coverage: tuple[float, float]
+
+    def index(self, name: str) -> int:
+        """Where ``name`` is among the concepts, whatever its case.
+
+        Raises:
+            ValueError: it is none of them.
+        """
+        wanted = " ".join(name.split()).casefold()
+        for index, concept in enumerate(self.concepts.all):
+            if concept.casefold() == wanted:
+                return index
+        raise ValueError(f'There is no concept "{name}". The concepts are: {", ".join(self.concepts.all)}.')
+
+    def at_size(self, height: int, width: int, mode: str = "bilinear") -> Tensor:
+        """The maps (B, K, height, width) of an image of that size. ``mode`` as in ``interpolate``."""
+        return upscale(self.values, (height, width), self.coverage, mode)
+
+
+def upscale(
+    maps: Tensor, size: tuple[int, int], coverage: tuple[float, float] = (1.0, 1.0), mode: str = "bilinear"
+) -> Tensor:
+    """Maps (B, K, h, w) at the image's ``size``, of whose grid the image covers the top left part.
+
+    Args:
+        mode: "nearest" (the paper's evaluation), "bilinear" or "bicubic".
+    """
+    whole = [max(n, round(n / share)) for n, share in zip(size, coverage, strict=True)]
+    mode = "nearest-exact" if mode == "nearest" else mode
+    corners = {"align_corners": False} if mode in ("bilinear", "bicubic") else {}
+    return F.interpolate(maps, size=whole, mode=mode, **corners)[..., : size[0], : size[1]]
+
+
+def heatmaps(
+    recording: Recording,
+    *,
+    space: str = "output",
+    layers: Sequence[int] | None = None,
+    steps: Sequence[int] | None = None,
+    softmax: bool = True,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The paper's heatmaps (B, K, h, w) float32: softmax over the concepts of every patch, in each layer
+    and evaluation, then the mean over both (section 4.2; reference ``compute_heatmaps_from_vectors``).
+
+    Args:
+        layers: the default layers of the model's family if None.
+        steps: the sampler's steps, all if None.
+        softmax: False gives the mean of the raw scores.
+        temperature: scores are divided by it; above 1 softer, below 1 harder.
+
+    Raises:
+        ValueError: nothing was recorded for the choice, or the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"The temperature must be above 0, not {temperature}.")
+    total, count = 0, 0
+    for scores in recording.select(space, layers, steps):  # (L, B, K, h, w)
+        scores = scores / temperature if temperature != 1 else scores
+        total = total + (scores.softmax(2) if softmax else scores).sum(0)
+        count += scores.shape[0]
+    return total / count
+
+
+def concept_maps(recording: Recording, *, softmax: bool = True, **choice) -> ConceptMaps:
+    """``heatmaps`` as maps in 0..1. Raw scores are scaled by the smallest and the largest of all concepts
+    of an image, so that concepts can still be compared."""
+    values = heatmaps(recording, softmax=softmax, **choice)
+    if not softmax:
+        low = values.amin((1, 2, 3), keepdim=True)
+        high = values.amax((1, 2, 3), keepdim=True)
+        values = (values - low) / torch.where(high > low, high - low, 1.0)
+    return ConceptMaps(values, recording.concepts, recording.image_size, recording.coverage)

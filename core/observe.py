@@ -1,0 +1,352 @@
+"""Observing a MODEL: wrappers and hooks on a clone of its patcher, one Recording per sampling run.
+
+Nothing is computed in the model's place and nothing of its own is changed. The hooks that see attention
+are put into a copy of ``transformer_options`` for each call of the diffusion model: last of the
+``attn1_patch`` list, so that they see the final q, k, v, and first of ``attn1_output_patch``, so that
+they see the attention's output as it is, before guidance nodes edit it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Collection
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import comfy.model_management
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from .architectures import family_of
+from .concepts import Concepts
+from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, remember
+from .stream import SPACES, ConceptStream
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.samplers import CFGGuider
+
+KEY = "concept_attention"
+WRAPPERS = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.DIFFUSION_MODEL)
+
+
+def observe(
+    model: ModelPatcher,
+    concepts: Concepts,
+    tokens: Tensor,
+    *,
+    layers: Collection[int] | None = None,
+    spaces: Collection[str] = ("output",),
+    attend_image: bool = True,
+    attend_concepts: bool = True,
+    budget: int = BUDGET,
+) -> ModelPatcher:
+    """A clone of ``model`` whose sampling runs are recorded; ``recording_of`` finds them by LATENT.
+
+    Observing an observed model replaces its concepts.
+
+    Args:
+        tokens: one text encoder token for each of ``concepts.all``, (K, C).
+        layers: the double-stream blocks to record; all of them by default.
+        spaces: what to record, out of ``stream.SPACES``.
+        attend_image, attend_concepts: see ``ConceptStream``.
+        budget: bytes that one recording may take before it keeps the default layers only.
+
+    Raises:
+        ValueError: the model is of no supported family, or a layer or space does not exist.
+    """
+    diffusion_model = model.get_model_object("diffusion_model")
+    family = family_of(diffusion_model)
+    depth = family.depth(diffusion_model)
+    recorded = tuple(range(depth)) if layers is None else tuple(sorted(set(layers)))
+    if not recorded or recorded[0] < 0 or recorded[-1] >= depth:
+        raise ValueError(f"This model has the layers 0 to {depth - 1}; asked to record {list(recorded)}.")
+    unknown = set(spaces) - set(SPACES)
+    if unknown or not spaces:
+        raise ValueError(f"Unknown spaces {sorted(unknown)}. Choose from: {'; '.join(SPACES)}.")
+
+    def stream(text, width_tokens: Tensor, layers: tuple[int, ...]) -> ConceptStream:
+        return ConceptStream(text, width_tokens, layers, spaces, attend_image, attend_concepts)
+
+    observer = _Observer(family, concepts, tokens, recorded, stream, budget)
+    observed = model.clone()
+    for kind in WRAPPERS:
+        observed.remove_wrappers_with_key(kind, KEY)
+    observed.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, observer.outer_sample)
+    observed.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, observer.predict_noise)
+    observed.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, observer.diffusion_model)
+    return observed
+
+
+class _Observer:
+    def __init__(
+        self,
+        family: ModuleType,
+        concepts: Concepts,
+        tokens: Tensor,
+        layers: tuple[int, ...],
+        stream: Callable[..., ConceptStream],
+        budget: int,
+    ) -> None:
+        self._family = family
+        self._concepts = concepts
+        self._tokens = tokens
+        self._layers = layers
+        self._stream = stream
+        self._budget = budget
+        self._runs: weakref.WeakKeyDictionary[CFGGuider, Recorder] = weakref.WeakKeyDictionary()
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider: CFGGuider = executor.class_obj
+        recorder = self._recorder(guider, noise, sigmas)
+        self._runs[guider] = recorder
+        try:
+            samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            del self._runs[guider]
+        # Samplers move the result here next. Moved already, it stays the tensor that the LATENT holds.
+        samples = samples.to(comfy.model_management.intermediate_device())
+        try:
+            recording = recorder.finish()
+        except RecordingError as error:
+            logging.warning("%s", error)
+            recording = error
+        if recorder.thinned:
+            logging.warning(
+                "Concept Attention: recording every layer of this run would take more than %d MB; "
+                "kept the default layers %s only.",
+                self._budget // 2**20,
+                list(recorder.layers),
+            )
+        remember(samples, recording)
+        return samples
+
+    def _recorder(self, guider: CFGGuider, noise: Tensor, sigmas: Tensor) -> Recorder:
+        model = guider.model_patcher.get_model_object("diffusion_model")
+        latent_format = guider.model_patcher.get_model_object("latent_format")
+        pixels = latent_format.spacial_downscale_ratio
+        height, width = noise.shape[-2:]
+        rows, columns = self._family.grid(model, noise)
+        return Recorder(
+            self._concepts,
+            self._layers,
+            self._family.default_layers(model),
+            sigmas,
+            noise.shape[0],
+            (rows, columns),
+            (height * pixels, width * pixels),
+            (height / (rows * model.patch_size), width / (columns * model.patch_size)),
+            self._budget,
+        )
+
+    def predict_noise(self, executor, x, timestep, model_options, seed):
+        recorder = self._runs.get(executor.class_obj)
+        if recorder is None or recorder.failure is not None:
+            return executor(x, timestep, model_options, seed)
+        evaluation = recorder.evaluation(timestep)
+
+        def disarm(args):
+            evaluation.armed = False
+            return args["conds_out"]
+
+        options = dict(model_options or {})
+        options["transformer_options"] = {
+            **options.get("transformer_options", {}),
+            KEY: (evaluation, _ConditioningChunks(executor.class_obj)),
+        }
+        options["sampler_pre_cfg_function"] = [disarm, *options.get("sampler_pre_cfg_function", [])]
+        try:
+            with _eager(options):
+                return executor(x, timestep, options, seed)
+        finally:
+            evaluation.armed = False
+
+    def diffusion_model(
+        self,
+        executor,
+        x,
+        timestep,
+        context,
+        y=None,
+        guidance=None,
+        ref_latents=None,
+        control=None,
+        transformer_options={},  # noqa: B006 - the signature of Flux.forward
+        **kwargs,
+    ):
+        def call(options):
+            return executor(x, timestep, context, y, guidance, ref_latents, control, options, **kwargs)
+
+        evaluation, chunks = transformer_options.get(KEY, (None, None))
+        if evaluation is None or not evaluation.armed or evaluation.recorder.failure is not None:
+            return call(transformer_options)
+        hooks = _Hooks(self, executor.class_obj, evaluation)
+        with hooks.failing_quietly():
+            for chunk in chunks.positive(transformer_options, evaluation, len(x)):
+                hooks.follow(chunk, x, timestep, guidance)
+        if not hooks.active:
+            return call(transformer_options)
+        options = dict(transformer_options)
+        patches = {name: list(patches) for name, patches in options.get("patches", {}).items()}
+        patches.setdefault("attn1_patch", []).append(hooks.before_attention)
+        patches.setdefault("attn1_output_patch", []).insert(0, hooks.after_attention)
+        options["patches"] = patches
+        out = call(options)
+        with hooks.failing_quietly():
+            hooks.finish()
+        return out
+
+
+class _Chunk:
+    """The rows of one positive conditioning in a call of the model, and where its patches belong."""
+
+    def __init__(self, rows: slice, batch: slice | list[int], area: tuple[int, ...] | None) -> None:
+        self.rows, self.batch, self.area = rows, batch, area
+
+
+class _ConditioningChunks:
+    """Which chunks of a call of the model are the guider's positive conditionings."""
+
+    def __init__(self, guider: CFGGuider) -> None:
+        self._areas = {c.get("uuid"): c.get("area") for c in guider.conds.get("positive") or []}
+        self._others = {
+            c.get("uuid") for name, conds in guider.conds.items() if name != "positive" for c in conds or []
+        }
+
+    def positive(self, options: dict, evaluation: Evaluation, rows: int) -> list[_Chunk]:
+        kinds = options.get("cond_or_uncond") or [0]
+        uuids = options.get("uuids") or [None] * len(kinds)
+        size = rows // len(kinds)
+        window = options.get("context_window")
+        batch: slice | list[int] = slice(0, size)
+        if window is not None and getattr(window, "dim", None) == 0:
+            batch = list(window.index_list)
+        elif size != evaluation.recorder.batch:
+            raise RuntimeError(
+                f"the model was called with {size} images, the latent has {evaluation.recorder.batch}"
+            )
+        chunks = []
+        for i, (kind, uuid) in enumerate(zip(kinds, uuids, strict=True)):
+            if uuid in self._areas and uuid not in self._others:
+                positive = True
+            else:  # a negative made to match a positive's area shares its uuid
+                positive = kind == 0 and (uuid is None or uuid in self._areas)
+            # The same conditioning twice in one evaluation is a pass that a guidance method added.
+            if not positive or (window is None and uuid is not None and uuid in evaluation.seen):
+                continue
+            evaluation.seen.add(uuid)
+            chunks.append(_Chunk(slice(i * size, (i + 1) * size), batch, self._areas.get(uuid)))
+        return chunks
+
+
+class _Hooks:
+    """Follows the concept streams of one call of the diffusion model through its blocks."""
+
+    def __init__(self, observer: _Observer, model, evaluation: Evaluation) -> None:
+        self._observer, self._model, self._evaluation = observer, model, evaluation
+        self._followed: list[tuple[_Chunk, tuple[int, int], ConceptStream]] = []
+        self._layers = evaluation.recorder.layers
+
+    @property
+    def active(self) -> bool:
+        return bool(self._followed) and self._evaluation.recorder.failure is None
+
+    @contextlib.contextmanager
+    def failing_quietly(self):
+        """Sampling is never lost to a failure here. It is raised when maps are asked for."""
+        try:
+            yield
+        except Exception as error:
+            logging.warning("Concept Attention stops recording this run.", exc_info=True)
+            self._evaluation.recorder.fail(error)
+
+    def follow(self, chunk: _Chunk, x: Tensor, timestep: Tensor, guidance: Tensor | None) -> None:
+        observer = self._observer
+        if not observer._family.matches(self._model):
+            raise RuntimeError(f"the model was replaced by {type(self._model).__name__}")
+        grid = observer._family.grid(self._model, x)
+        if chunk.area is None and grid != self._evaluation.recorder.grid:
+            raise RuntimeError(
+                f"the model was called on a tile of {grid[0]} x {grid[1]} patches; the image has "
+                "{} x {}. Tiled sampling cannot be recorded.".format(*self._evaluation.recorder.grid)
+            )
+        text = observer._family.TextStream(
+            self._model,
+            timestep[chunk.rows],
+            None if guidance is None else guidance[chunk.rows],
+            x.dtype,
+        )
+        stream = observer._stream(text, observer._tokens, self._layers)
+        self._followed.append((chunk, grid, stream))
+
+    def before_attention(self, q, k, v, pe=None, attn_mask=None, extra_options=None):
+        if extra_options.get("block_type") == "double" and self.active:
+            with self.failing_quietly():
+                for chunk, grid, stream in self._followed:
+                    patches = _image_tokens(extra_options, grid)
+                    stream.attend(
+                        extra_options["block_index"],
+                        *(t[chunk.rows, :, patches] for t in (q, k, v)),
+                        rotate=lambda keys, p=patches, c=chunk: self._rotate(keys, pe, p, c),
+                    )
+        return {}
+
+    def _rotate(self, keys: Tensor, pe: Tensor | None, patches: slice, chunk: _Chunk) -> Tensor:
+        if pe is not None:
+            pe = pe[chunk.rows if len(pe) > 1 else slice(None), :, patches]
+        return self._observer._family.rotate(keys, pe)
+
+    def after_attention(self, out, extra_options):
+        if extra_options.get("block_type") == "double" and self.active:
+            with self.failing_quietly():
+                for chunk, grid, stream in self._followed:
+                    patches = _image_tokens(extra_options, grid)
+                    stream.score(extra_options["block_index"], out[chunk.rows, patches])
+        return out
+
+    def finish(self) -> None:
+        for chunk, grid, stream in self._followed:
+            if not stream.complete:
+                continue  # a patch left blocks out: as if this evaluation had been skipped
+            scores = {s: torch.stack(layers).unflatten(-1, grid) for s, layers in stream.scores.items()}
+            scores, copied = _to_cpu(scores)
+            origin = (0, 0)
+            if chunk.area is not None:
+                half = len(chunk.area) // 2
+                origin = tuple(o // self._model.patch_size for o in chunk.area[half:][-2:])
+            self._evaluation.recorder.add(
+                self._evaluation, Pass(chunk.batch, origin, self._layers, scores, copied)
+            )
+
+
+def _image_tokens(extra_options: dict, grid: tuple[int, int]) -> slice:
+    """The image's own tokens: after the text, before the tokens of reference images."""
+    start = extra_options["img_slice"][0]
+    return slice(start, start + grid[0] * grid[1])
+
+
+def _to_cpu(scores: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    """Copies on the CPU. From CUDA they go to pinned memory without waiting, and the event tells when they
+    have arrived."""
+    if not any(s.is_cuda for s in scores.values()):
+        return {space: s.cpu() for space, s in scores.items()}, None
+    copies = {
+        space: torch.empty_like(s, device="cpu", pin_memory=True).copy_(s, non_blocking=True)
+        for space, s in scores.items()
+    }
+    copied = torch.cuda.Event()
+    copied.record()
+    return copies, copied
+
+
+def _eager(model_options: dict):
+    """torch.compile would capture the hooks of one call for all, or none at all: observed evaluations of
+    a compiled model run eagerly."""
+    wrappers = model_options["transformer_options"].get("wrappers", {})
+    compiled = "torch.compile" in wrappers.get(WrappersMP.APPLY_MODEL, {})
+    if compiled or model_options.get("torch_compile_kwargs"):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()

@@ -1,0 +1,308 @@
+"""What was recorded while a sampler ran, and which LATENT it belongs to.
+
+Shapes: E evaluations of the model, L layers, B images, K concepts (background concepts last), and the
+patch grid h x w.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .concepts import Concepts
+
+BUDGET = 256 * 2**20
+
+
+class RecordingError(ValueError):
+    """There is no usable recording; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Scores of one sampling run.
+
+    Attributes:
+        layers: the double-stream blocks recorded.
+        default_layers: those of ``layers`` that the model's family makes maps from by default.
+        sigmas: the noise level of each evaluation, in the order they ran.
+        steps: the sampler's step that each evaluation belongs to: the last one that starts at its noise
+            level or above. Samplers that evaluate the model twice have two evaluations for some steps.
+        scores: for each space, E tensors (L, B, K, h, w) float32 on the CPU.
+        image_size: height and width of the image in pixels.
+        coverage: the share of the grid's height and width that the image covers; below 1 where the model
+            padded an odd latent.
+    """
+
+    concepts: Concepts
+    layers: tuple[int, ...]
+    default_layers: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    steps: tuple[int, ...]
+    scores: dict[str, tuple[Tensor, ...]]
+    image_size: tuple[int, int]
+    coverage: tuple[float, float]
+
+    def select(
+        self, space: str, layers: Sequence[int] | None = None, steps: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Scores (L', B, K, h, w) of the chosen layers, one tensor for each evaluation in ``steps``.
+
+        Raises:
+            ValueError: the space, a layer or all of the steps were not recorded.
+        """
+        if space not in self.scores:
+            raise ValueError(
+                f'The space "{space}" was not recorded, only: {", ".join(self.scores)}. '
+                "Switch it on in Concept Attention and sample again."
+            )
+        layers = self.default_layers if layers is None else layers
+        missing = [layer for layer in layers if layer not in self.layers]
+        if missing or not layers:
+            raise ValueError(
+                f"Layers {_listed(missing)} were not recorded. Recorded: {_listed(self.layers)}."
+                if missing
+                else f"No layers were chosen. Recorded: {_listed(self.layers)}."
+            )
+        wanted = None if steps is None else set(steps)
+        chosen = [
+            scores
+            for scores, step in zip(self.scores[space], self.steps, strict=True)
+            if wanted is None or step in wanted
+        ]
+        if not chosen:
+            raise ValueError(
+                f"No step of the chosen range was recorded. Recorded steps: {_listed(sorted(set(self.steps)))}."
+            )
+        index = [self.layers.index(layer) for layer in layers]
+        if index == list(range(len(self.layers))):
+            return chosen
+        return [scores[index] for scores in chosen]
+
+
+def parse_layers(text: str, available: Sequence[int], default: Sequence[int]) -> tuple[int, ...]:
+    """Layers from text: "all", "default", or numbers and ranges as in "0, 15-18".
+
+    Raises:
+        ValueError: it is none of these, or names layers that are not available.
+    """
+    words = text.strip().casefold()
+    if words in ("all", "default"):
+        return tuple(available if words == "all" else default)
+    layers: set[int] = set()
+    for part in words.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match:
+            raise ValueError(
+                f'Layers "{text}" cannot be read. Write "default", "all", or numbers as in "0, 15-18"; '
+                f"available: {_listed(available)}."
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        missing = [n for n in (first, last) if n not in available]
+        if missing or first > last:
+            raise ValueError(f'Layers "{text}" are not all available, only: {_listed(available)}.')
+        layers.update(n for n in available if first <= n <= last)
+    return tuple(sorted(layers))
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """ "0-3, 7" from 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in runs)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Scores of one call of the model for the images ``batch``, the top left patch at ``origin``.
+
+    ``scores[space]`` is (L, B', K, h', w') on the CPU. With ``copied``, only once that event has happened.
+    """
+
+    batch: slice | list[int]
+    origin: tuple[int, int]
+    layers: tuple[int, ...]
+    scores: dict[str, Tensor]
+    copied: torch.cuda.Event | None = None
+
+    def keep(self, layers: tuple[int, ...]) -> Pass:
+        if layers == self.layers:
+            return self
+        index = [self.layers.index(layer) for layer in layers]
+        scores = {space: s[index] for space, s in self.scores.items()}
+        return Pass(self.batch, self.origin, layers, scores)
+
+
+@dataclass
+class Evaluation:
+    """One evaluation of the model by the sampler. ``armed`` while its main pass runs: extra passes that
+    guidance methods add are not recorded."""
+
+    recorder: Recorder
+    sigma: Tensor
+    armed: bool = True
+    passes: list[Pass] = field(default_factory=list)
+    seen: set = field(default_factory=set)
+
+    def wait(self) -> None:
+        for recorded in self.passes:
+            if recorded.copied is not None:
+                recorded.copied.synchronize()
+
+
+class Recorder:
+    """Collects the evaluations of one sampling run. Passes may arrive from several threads.
+
+    Args:
+        layers: the layers to record; once ``budget`` bytes are full, only the default ones are kept.
+        sigmas: the run's schedule (n + 1,).
+        batch, grid: the number of images and the patch grid of each.
+    """
+
+    def __init__(
+        self,
+        concepts: Concepts,
+        layers: tuple[int, ...],
+        default_layers: tuple[int, ...],
+        sigmas: Tensor,
+        batch: int,
+        grid: tuple[int, int],
+        image_size: tuple[int, int],
+        coverage: tuple[float, float],
+        budget: int = BUDGET,
+    ) -> None:
+        self.layers = layers
+        self.batch = batch
+        self.grid = grid
+        self.failure: BaseException | None = None
+        self.thinned = False
+        self._concepts = concepts
+        self._default_layers = tuple(layer for layer in default_layers if layer in layers) or layers
+        self._schedule = [float(s) for s in sigmas]
+        self._image_size = image_size
+        self._coverage = coverage
+        self._budget = budget
+        self._bytes = 0
+        self._evaluations: list[Evaluation] = []
+        self._lock = threading.Lock()
+
+    def evaluation(self, sigma: Tensor) -> Evaluation:
+        evaluation = Evaluation(self, sigma)
+        self._evaluations.append(evaluation)
+        return evaluation
+
+    def add(self, evaluation: Evaluation, recorded: Pass) -> None:
+        with self._lock:
+            if recorded.layers != self.layers and recorded.copied is not None:
+                recorded.copied.synchronize()
+            evaluation.passes.append(recorded.keep(self.layers))
+            self._bytes += sum(s.nbytes for s in recorded.scores.values())
+            if self._bytes > self._budget and self.layers != self._default_layers:
+                self._thin()
+
+    def fail(self, failure: BaseException) -> None:
+        """Give up recording: the image goes on, and the failure is raised when maps are asked for."""
+        if self.failure is None:
+            self.failure = failure
+
+    def _thin(self) -> None:
+        self.layers = self._default_layers
+        self.thinned = True
+        for evaluation in self._evaluations:
+            evaluation.wait()
+            evaluation.passes = [p.keep(self.layers) for p in evaluation.passes]
+        self._bytes = sum(s.nbytes for e in self._evaluations for p in e.passes for s in p.scores.values())
+
+    def finish(self) -> Recording:
+        """The recording of the run.
+
+        Raises:
+            RecordingError: something failed, or nothing was recorded.
+        """
+        if self.failure is not None:
+            raise RecordingError(
+                "Concept Attention could not record this sampling run (the image is not affected): "
+                f"{self.failure}"
+            ) from self.failure
+        evaluations = [e for e in self._evaluations if e.passes]
+        if not evaluations:
+            raise RecordingError(
+                "Concept Attention recorded nothing while this LATENT was sampled, although "
+                f"{len(self._evaluations)} evaluations of the model ran. Another node replaces the "
+                "model's forward pass or skips it (TeaCache and similar caches, a compiled or replaced "
+                "model). Switch such nodes off one by one and sample again."
+            )
+        for evaluation in evaluations:
+            evaluation.wait()
+        sigmas = [float(e.sigma.flatten()[0]) for e in evaluations]
+        spaces = evaluations[0].passes[0].scores
+        return Recording(
+            concepts=self._concepts,
+            layers=self.layers,
+            default_layers=self._default_layers,
+            sigmas=tuple(sigmas),
+            steps=tuple(_step(self._schedule, sigma) for sigma in sigmas),
+            scores={space: tuple(self._merged(e, space) for e in evaluations) for space in spaces},
+            image_size=self._image_size,
+            coverage=self._coverage,
+        )
+
+    def _merged(self, evaluation: Evaluation, space: str) -> Tensor:
+        """The mean of the passes over each patch: several conditionings, areas or context windows."""
+        first = evaluation.passes[0].scores[space]
+        whole = (len(self.layers), self.batch, len(self._concepts.all), *self.grid)
+        if len(evaluation.passes) == 1 and first.shape == whole:
+            return first
+        total, count = torch.zeros(whole), torch.zeros(self.batch, 1, *self.grid)
+        for p in evaluation.passes:
+            scores = p.scores[space]
+            rows, columns = (slice(o, o + n) for o, n in zip(p.origin, scores.shape[-2:], strict=True))
+            total[:, p.batch, :, rows, columns] += scores
+            count[p.batch, :, rows, columns] += 1
+        return total / count.clamp_min(1)
+
+
+def _step(schedule: list[float], sigma: float) -> int:
+    descending = [-s for s in schedule]
+    step = bisect.bisect_right(descending, -sigma * (1 - 1e-5)) - 1
+    return min(max(step, 0), max(0, len(schedule) - 2))
+
+
+_recordings: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def remember(samples: Tensor, recording: Recording | RecordingError) -> None:
+    """Tie a recording, or the reason that there is none, to the tensor that a sampling run returned. It
+    lives as long as the tensor does."""
+    _recordings[samples] = recording
+
+
+def recording_of(latent: dict) -> Recording:
+    """The recording of the run that sampled this LATENT.
+
+    Raises:
+        RecordingError: no observed run returned it, or that run could not be recorded.
+    """
+    samples = latent["samples"]
+    found = _recordings.get(samples) if isinstance(samples, Tensor) else None
+    if isinstance(found, RecordingError):
+        raise found
+    if found is None:
+        raise RecordingError(
+            "This LATENT was not sampled with Concept Attention. Put the Concept Attention node between "
+            "the model and the sampler, and connect the sampler's LATENT output directly: of "
+            "SamplerCustomAdvanced the first (output, not denoised_output), and not a LATENT that another "
+            "node has upscaled, cropped, batched, saved or loaded."
+        )
+    return found

@@ -1,0 +1,136 @@
+"""The concept stream: concept tokens that ride along a model's double-stream blocks.
+
+Concept tokens use the text weights of every block, attend to themselves and to the image, and are never
+seen by image or text (ConceptAttention, arXiv 2502.04320, section 4). Shapes: B rows of the batch,
+K concepts, N image patches, H heads of d features, D = H * d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SPACES = ("output", "cross-attention", "value", "output, normalized concepts")
+
+
+class TextBlock(Protocol):
+    """The text-side weights of one double-stream block, modulated for one forward pass."""
+
+    def qkv(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, K, d) of the stream (B, K, D), after QK-norm, position 0."""
+
+    def update(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The stream after the block's gated residuals: attention projection, then MLP (B, K, D)."""
+
+
+class TextStream(Protocol):
+    """How concepts enter a model in one forward pass, and its double-stream blocks."""
+
+    def embed(self, concepts: Tensor) -> Tensor:
+        """The stream (B, K, D) at the first block, from text encoder tokens (K, C)."""
+
+    def block(self, layer: int) -> TextBlock:
+        """The text side of double-stream block ``layer``."""
+
+
+class ConceptStream:
+    """K concept tokens on their way through one forward pass.
+
+    Give it every double-stream block in order: ``attend`` before the block's attention, ``score`` after
+    it. ``scores[space]`` then holds one (B, K, N) float32 tensor for each layer of ``layers``. After the
+    last of them nothing more is computed.
+
+    ``attend_image`` and ``attend_concepts`` choose the keys of the concepts' attention (the paper's
+    Table 3; both on is the method). With neither, a concept's output is its own value.
+    """
+
+    def __init__(
+        self,
+        text: TextStream,
+        concepts: Tensor,
+        layers: Collection[int],
+        spaces: Collection[str] = ("output",),
+        attend_image: bool = True,
+        attend_concepts: bool = True,
+    ) -> None:
+        self.hidden = text.embed(concepts)
+        self.scores: dict[str, list[Tensor]] = {space: [] for space in spaces}
+        self._text = text
+        self._layers = frozenset(layers)
+        self._last = max(layers)
+        self._attend_image = attend_image
+        self._attend_concepts = attend_concepts
+        self._next = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer to be recorded has been."""
+        return self._next > self._last
+
+    def attend(self, layer: int, image_q: Tensor, image_k: Tensor, image_v: Tensor, rotate) -> None:
+        """Concepts attend to [concepts, image]. The image's q, k, v are (B, H, N, d), before RoPE.
+
+        ``rotate`` applies RoPE to the image keys. Concepts sit at position 0, where RoPE is the identity.
+
+        Raises:
+            RuntimeError: ``layer`` is not the one after the last (something skipped a block).
+        """
+        if self.complete:
+            return
+        if layer != self._next:
+            raise RuntimeError(f"double-stream block {layer} ran where block {self._next} was due")
+        self._block = self._text.block(layer)
+        q, k, v = self._block.qkv(self.hidden)
+        if layer in self._layers:
+            self._record("cross-attention", q, image_q)
+            self._record("value", v, image_v)
+        keys, values = [], []
+        if self._attend_concepts:
+            keys.append(k)
+            values.append(v)
+        if self._attend_image:
+            keys.append(rotate(image_k))
+            values.append(image_v)
+        if keys:
+            v = F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2))
+        self._attended = _heads_side_by_side(v)
+
+    def score(self, layer: int, image_out: Tensor) -> None:
+        """Record o_c . o_x, then update the stream. ``image_out`` is the image's rows (B, N, D) of the
+        model's own attention output, before its projection."""
+        if self.complete:
+            return
+        if layer in self._layers:
+            self._record("output", self._attended, image_out)
+            if "output, normalized concepts" in self.scores:
+                self._record(
+                    "output, normalized concepts", _normalized_over_concepts(self._attended), image_out
+                )
+        self._next = layer + 1
+        if not self.complete:
+            self.hidden = self._block.update(self.hidden, self._attended)
+
+    def _record(self, space: str, concepts: Tensor, image: Tensor) -> None:
+        if space not in self.scores:
+            return
+        if concepts.ndim == 4:
+            concepts, image = _heads_side_by_side(concepts), _heads_side_by_side(image)
+        self.scores[space].append(concepts.float() @ image.float().transpose(1, 2))
+
+
+def _heads_side_by_side(x: Tensor) -> Tensor:
+    """(B, H, L, d) to (B, L, H * d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _normalized_over_concepts(vectors: Tensor) -> Tensor:
+    """Each feature shifted to a minimum of 0 and scaled to a sum of 1 over the concepts, as the
+    reference's ``normalize_concepts`` does."""
+    vectors = vectors.float()
+    vectors = vectors - vectors.amin(1, keepdim=True)
+    total = vectors.sum(1, keepdim=True)
+    return vectors / torch.where(total == 0, 1.0, total)

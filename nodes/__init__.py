@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from .concept_attention import ConceptAttention
+from .concept_mask import ConceptMask
+from .concept_saliency import ConceptSaliency
+
+
+class ConceptAttentionExtension(ComfyExtension):
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [ConceptAttention, ConceptSaliency, ConceptMask]
+
+
+async def comfy_entrypoint() -> ConceptAttentionExtension:
+    return ConceptAttentionExtension()

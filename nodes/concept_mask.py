@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import logging
+
+import torch
+from comfy_api.latest import io
+
+from ..core.concepts import split_names
+from ..core.masks import concept_mask
+from .types import CATEGORY, ConceptMapsType
+
+
+class ConceptMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptMask",
+            display_name="Concept Mask",
+            category=CATEGORY,
+            description="Cuts a mask for inpainting, compositing or conditioning out of concept maps.",
+            search_aliases=["concept segmentation", "mask from attention", "inpaint mask", "automatic mask"],
+            inputs=[
+                ConceptMapsType.Input("maps"),
+                io.String.Input(
+                    "concept",
+                    default="",
+                    dynamic_prompts=False,
+                    tooltip=(
+                        "The name of a concept, or several separated by commas: one mask for each. "
+                        "Empty: every concept in the order of the list."
+                    ),
+                ),
+                io.DynamicCombo.Input(
+                    "method",
+                    options=[
+                        io.DynamicCombo.Option("argmax", []),
+                        io.DynamicCombo.Option("mean", []),
+                        io.DynamicCombo.Option("otsu", []),
+                        io.DynamicCombo.Option(
+                            "fixed",
+                            [io.Float.Input("threshold", default=0.5, min=0.0, max=1.0, step=0.01)],
+                        ),
+                        io.DynamicCombo.Option(
+                            "top fraction",
+                            [io.Float.Input("fraction", default=0.1, min=0.0, max=1.0, step=0.01)],
+                        ),
+                    ],
+                    tooltip=(
+                        "argmax: where the concept wins over all others, background included. "
+                        "mean: above the map's mean, as in the paper. otsu: above the threshold that parts "
+                        "the map best. fixed: above a value. top fraction: the highest part of the image."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "soft",
+                    default=False,
+                    tooltip="Inside the mask, keep the map's values instead of 1.",
+                ),
+                io.Boolean.Input("fill_holes", default=True),
+                io.Float.Input(
+                    "smallest_area",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Drop connected parts smaller than this share of the image.",
+                ),
+                io.Int.Input("grow", default=0, min=-512, max=512, tooltip="In pixels; negative shrinks."),
+                io.Float.Input(
+                    "feather", default=0.0, min=0.0, max=256.0, step=0.5, tooltip="Blur radius in pixels."
+                ),
+                io.Boolean.Input("invert", default=False),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="Gives the mask its size. Without it: the size of the sampled image.",
+                ),
+            ],
+            outputs=[
+                io.Mask.Output(tooltip="For each image, one mask per concept, in the order of the list.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        maps: ConceptMapsType.Type,
+        concept: str,
+        method: dict,
+        soft: bool,
+        fill_holes: bool,
+        smallest_area: float,
+        grow: int,
+        feather: float,
+        invert: bool,
+        image: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        names = split_names(concept) or maps.concepts.names
+        masks = [
+            concept_mask(
+                maps,
+                name,
+                size=None if image is None else tuple(image.shape[1:3]),
+                method=method["method"],
+                threshold=method.get("threshold", method.get("fraction", 0.5)),
+                soft=soft,
+                fill_holes=fill_holes,
+                smallest_area=smallest_area,
+                grow=grow,
+                feather=feather,
+                invert=invert,
+            )
+            for name in names
+        ]
+        for name, mask in zip(names, masks, strict=True):
+            if not mask.any():
+                logging.warning('Concept Mask found no "%s": the mask is empty.', name)
+        return io.NodeOutput(torch.stack(masks, 1).flatten(0, 1))

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core.maps import concept_maps
+from ..core.recording import parse_layers, recording_of
+from ..core.render import heatmap_images
+from .types import CATEGORY, ConceptMapsType
+
+
+class ConceptSaliency(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptSaliency",
+            display_name="Concept Saliency",
+            category=CATEGORY,
+            description=(
+                "Turns what Concept Attention recorded into one saliency map per concept. Changing "
+                "anything here does not sample again."
+            ),
+            search_aliases=["saliency map", "heatmap", "attention map", "concept attention", "DAAM"],
+            inputs=[
+                io.Latent.Input(
+                    "latent", tooltip="Straight from a sampler whose model went through Concept Attention."
+                ),
+                io.Combo.Input(
+                    "space",
+                    options=["output", "cross-attention", "value"],
+                    advanced=True,
+                    tooltip=(
+                        "Where concepts and patches are compared. Output is the paper's and the sharpest; "
+                        "switch the others on in Concept Attention."
+                    ),
+                ),
+                io.String.Input(
+                    "layers",
+                    default="default",
+                    tooltip='"default" (the last four), "all", or numbers as in "0, 15-18".',
+                ),
+                io.Int.Input(
+                    "start_step", default=0, min=0, max=10000, tooltip="First sampling step to take in."
+                ),
+                io.Int.Input(
+                    "end_step", default=10000, min=0, max=10000, tooltip="The step before which to stop."
+                ),
+                io.Boolean.Input(
+                    "softmax",
+                    default=True,
+                    tooltip="Concepts compete for every patch. Off: raw scores, scaled to 0..1 together.",
+                ),
+                io.Float.Input(
+                    "temperature",
+                    default=1.0,
+                    min=0.01,
+                    max=1000.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Of the softmax: above 1 softer, below 1 harder.",
+                ),
+            ],
+            outputs=[
+                ConceptMapsType.Output(display_name="maps"),
+                io.Mask.Output(
+                    display_name="masks",
+                    tooltip="Soft masks: for each image, one per concept in the order of the list.",
+                ),
+                io.Image.Output(
+                    display_name="heatmaps",
+                    tooltip="For each image, one per concept, all on one scale from 0 to the highest value.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        latent: io.Latent.Type,
+        space: str,
+        layers: str,
+        start_step: int,
+        end_step: int,
+        softmax: bool,
+        temperature: float,
+    ) -> io.NodeOutput:
+        recording = recording_of(latent)
+        chosen = parse_layers(layers, available=recording.layers, default=recording.default_layers)
+        maps = concept_maps(
+            recording,
+            space=space,
+            layers=chosen,
+            steps=range(start_step, end_step),
+            softmax=softmax,
+            temperature=temperature,
+        )
+        count = len(maps.concepts.names)
+        shown = maps.at_size(*maps.image_size)[:, :count]
+        return io.NodeOutput(maps, shown.flatten(0, 1), heatmap_images(shown).flatten(0, 1))

@@ -1,0 +1,5 @@
+from comfy_api.latest import io
+
+CATEGORY = "Concept Attention"
+
+ConceptMapsType = io.Custom("CONCEPT_MAPS")

@@ -1,0 +1,72 @@
+"""``nox -s demo`` paints with the bundled model in a real ComfyUI; ``nox -s tests`` is what CI checks.
+
+Both run in one environment, with the ComfyUI that demo/comfyui.py finds or installs. With
+``nox --no-venv`` they run in the current environment and install nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "demo"))
+
+import comfyui  # noqa: E402
+
+ENVIRONMENT = comfyui.FOLDER / f"python-{sys.version_info.major}.{sys.version_info.minor}"
+
+nox.options.sessions = ["tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+def _python(session: nox.Session) -> str:
+    """The Python to run with, COMFYUI_PATH set and everything installed that is missing."""
+    own_environment = session.virtualenv.venv_backend != "none"
+    if own_environment:
+        python = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        if not python.exists():
+            session.run(sys.executable, "-m", "venv", str(ENVIRONMENT), external=True)
+    else:
+        python = Path(sys.executable)
+    try:
+        path = comfyui.find() or comfyui.install(str(python))
+    except comfyui.NoComfyUI as error:
+        session.error(str(error))
+    session.env["COMFYUI_PATH"] = str(path)
+    if own_environment:
+        _install(session, python, path)
+    return str(python)
+
+
+def _install(session: nox.Session, python: Path, path: Path) -> None:
+    """pip runs again only when a list of requirements has changed."""
+    needed = nox.project.load_toml(ROOT / "pyproject.toml")
+    own = [*needed["project"]["dependencies"], *needed["dependency-groups"]["dev"]]
+    requirements = path / "requirements.txt"
+    state = hashlib.sha256(repr((comfyui.TORCH, own, requirements.read_text())).encode()).hexdigest()
+    stamp = ENVIRONMENT / "installed"
+    if stamp.exists() and stamp.read_text() == state:
+        return
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    session.run(*pip, *comfyui.TORCH, "-r", str(requirements), *own, external=True)
+    stamp.write_text(state)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Paint with the bundled model: picture, heatmaps, overlays and masks in out/."""
+    session.run(_python(session), "demo/run.py", *session.posargs, external=True)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Lint and tests."""
+    python = _python(session)
+    session.run(python, "-m", "ruff", "check", ".", external=True)
+    session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
+    session.run(python, "-m", "pytest", *session.posargs, external=True)

@@ -1,0 +1,140 @@
+"""Small Flux.1 models, golden data, and sampling through ComfyUI's own loader and samplers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+from concept_attention.core.concepts import Concepts
+from concept_attention.core.observe import observe
+from safetensors import safe_open
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Data made by the reference implementation; see golden/README.md."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def number(self, name: str):
+        return json.loads(self.metadata[name])
+
+    @property
+    def config(self) -> dict:
+        return self.number("config")
+
+    @property
+    def concepts(self) -> Concepts:
+        return Concepts(tuple(f"concept {i}" for i in range(self["inputs.concepts"].shape[1])))
+
+    def model(self) -> ModelPatcher:
+        weights = {
+            k.removeprefix("weights."): v.float() for k, v in self.tensors.items() if k.startswith("weights.")
+        }
+        return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.float32})
+
+    def conditioning(self) -> list:
+        values = {"pooled_output": self["inputs.y"]}
+        if "inputs.guidance" in self.tensors:
+            values["guidance"] = float(self["inputs.guidance"][0])
+        return [[self["inputs.context"], values]]
+
+    def observed(self, model: ModelPatcher, **options) -> ModelPatcher:
+        return observe(model, self.concepts, self["inputs.concepts"][0], **options)
+
+
+@cache
+def load_golden(path: Path) -> Golden:
+    with safe_open(path, "pt") as file:
+        return Golden({k: file.get_tensor(k) for k in file.keys()}, file.metadata())  # noqa: SIM118
+
+
+def random_flux(seed: int = 0, guidance: bool = True, depth: int = 3) -> ModelPatcher:
+    """A Flux.1 of hidden size 128 with random weights, through ComfyUI's loader."""
+    hidden, context, pooled = 128, 32, 16
+    g = torch.Generator().manual_seed(seed)
+    sd: dict[str, Tensor] = {}
+
+    def linear(name: str, fan_in: int, fan_out: int, gain: float = 1.0) -> None:
+        sd[f"{name}.weight"] = torch.randn(fan_out, fan_in, generator=g) * gain * fan_in**-0.5
+        sd[f"{name}.bias"] = torch.randn(fan_out, generator=g) * 0.05
+
+    linear("img_in", 64, hidden)
+    linear("txt_in", context, hidden)
+    embedders = {"time_in": 256, "vector_in": pooled} | ({"guidance_in": 256} if guidance else {})
+    for name, width in embedders.items():
+        linear(f"{name}.in_layer", width, hidden)
+        linear(f"{name}.out_layer", hidden, hidden)
+    for i in range(depth):
+        for side in ("img", "txt"):
+            block = f"double_blocks.{i}.{side}"
+            linear(f"{block}_mod.lin", hidden, 6 * hidden, 0.4)
+            linear(f"{block}_attn.qkv", hidden, 3 * hidden)
+            linear(f"{block}_attn.proj", hidden, hidden)
+            linear(f"{block}_mlp.0", hidden, 4 * hidden)
+            linear(f"{block}_mlp.2", 4 * hidden, hidden)
+            for norm in ("query_norm", "key_norm"):
+                sd[f"{block}_attn.norm.{norm}.scale"] = torch.ones(128)
+    linear("single_blocks.0.linear1", hidden, 7 * hidden)
+    linear("single_blocks.0.linear2", 5 * hidden, hidden)
+    linear("single_blocks.0.modulation.lin", hidden, 3 * hidden, 0.4)
+    for norm in ("query_norm", "key_norm"):
+        sd[f"single_blocks.0.norm.{norm}.scale"] = torch.ones(128)
+    linear("final_layer.linear", hidden, 64)
+    linear("final_layer.adaLN_modulation.1", hidden, 2 * hidden, 0.1)
+    return comfy.sd.load_diffusion_model_state_dict(sd, model_options={"dtype": torch.float32})
+
+
+def conditioning(seed: int, tokens: int = 7, context: int = 32, pooled: int = 16, **values) -> list:
+    g = torch.Generator().manual_seed(seed)
+    values = {"pooled_output": torch.randn(1, pooled, generator=g), "guidance": 3.5, **values}
+    return [[torch.randn(1, tokens, context, generator=g), values]]
+
+
+CONCEPTS = Concepts(("cat", "ball"), ("sky",))
+
+
+def concept_tokens(seed: int = 5, count: int = 3, context: int = 32) -> Tensor:
+    return torch.randn(count, context, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(
+    model: ModelPatcher,
+    *,
+    sampler: str = "euler",
+    steps: int = 3,
+    cfg: float = 1.0,
+    latent: Tensor | None = None,
+    positive: list | None = None,
+    negative: list | None = None,
+    seed: int = 1,
+    **options,
+) -> Tensor:
+    """What KSampler does."""
+    latent = torch.zeros(1, 16, 12, 16) if latent is None else latent
+    return comfy.sample.sample(
+        model,
+        comfy.sample.prepare_noise(latent, seed),
+        steps,
+        cfg,
+        sampler,
+        "simple",
+        conditioning(2) if positive is None else positive,
+        conditioning(3) if negative is None else negative,
+        latent,
+        disable_pbar=True,
+        seed=seed,
+        **options,
+    )
