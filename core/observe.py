@@ -12,8 +12,9 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Collection
+from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import comfy.model_management
 import torch
@@ -68,10 +69,14 @@ def observe(
     if unknown or not spaces:
         raise ValueError(f"Unknown spaces {sorted(unknown)}. Choose from: {'; '.join(SPACES)}.")
 
-    def stream(text, width_tokens: Tensor, layers: tuple[int, ...]) -> ConceptStream:
-        return ConceptStream(text, width_tokens, layers, spaces, attend_image, attend_concepts)
-
-    observer = _Observer(family, concepts, tokens, recorded, stream, budget)
+    stream = partial(
+        ConceptStream,
+        concepts=tokens,
+        spaces=tuple(spaces),
+        attend_image=attend_image,
+        attend_concepts=attend_concepts,
+    )
+    observer = _Observer(family, concepts, recorded, stream, budget)
     observed = model.clone()
     for kind in WRAPPERS:
         observed.remove_wrappers_with_key(kind, KEY)
@@ -82,20 +87,20 @@ def observe(
 
 
 class _Observer:
+    """The wrappers. ``stream(text, layers=...)`` makes the concept stream of one forward pass."""
+
     def __init__(
         self,
         family: ModuleType,
         concepts: Concepts,
-        tokens: Tensor,
         layers: tuple[int, ...],
         stream: Callable[..., ConceptStream],
         budget: int,
     ) -> None:
-        self._family = family
+        self.family = family
+        self.stream = stream
         self._concepts = concepts
-        self._tokens = tokens
         self._layers = layers
-        self._stream = stream
         self._budget = budget
         self._runs: weakref.WeakKeyDictionary[CFGGuider, Recorder] = weakref.WeakKeyDictionary()
 
@@ -112,8 +117,8 @@ class _Observer:
         try:
             recording = recorder.finish()
         except RecordingError as error:
-            logging.warning("%s", error)
-            recording = error
+            recording = str(error)
+            logging.warning("%s", recording)
         if recorder.thinned:
             logging.warning(
                 "Concept Attention: recording every layer of this run would take more than %d MB; "
@@ -129,11 +134,11 @@ class _Observer:
         latent_format = guider.model_patcher.get_model_object("latent_format")
         pixels = latent_format.spacial_downscale_ratio
         height, width = noise.shape[-2:]
-        rows, columns = self._family.grid(model, noise)
+        rows, columns = self.family.grid(model, noise)
         return Recorder(
             self._concepts,
             self._layers,
-            self._family.default_layers(model),
+            self.family.default_layers(model),
             sigmas,
             noise.shape[0],
             (rows, columns),
@@ -200,11 +205,13 @@ class _Observer:
         return out
 
 
-class _Chunk:
-    """The rows of one positive conditioning in a call of the model, and where its patches belong."""
+class _Chunk(NamedTuple):
+    """One positive conditioning in a call of the model: its rows, the images that they are, and the area
+    (height, width, y, x) of the latent that the call was cut down to."""
 
-    def __init__(self, rows: slice, batch: slice | list[int], area: tuple[int, ...] | None) -> None:
-        self.rows, self.batch, self.area = rows, batch, area
+    rows: slice
+    batch: slice | list[int]
+    area: tuple[int, ...] | None
 
 
 class _ConditioningChunks:
@@ -261,25 +268,23 @@ class _Hooks:
             yield
         except Exception as error:
             logging.warning("Concept Attention stops recording this run.", exc_info=True)
-            self._evaluation.recorder.fail(error)
+            self._evaluation.recorder.fail(f"{type(error).__name__}: {error}")
 
     def follow(self, chunk: _Chunk, x: Tensor, timestep: Tensor, guidance: Tensor | None) -> None:
         observer = self._observer
-        if not observer._family.matches(self._model):
-            raise RuntimeError(f"the model was replaced by {type(self._model).__name__}")
-        grid = observer._family.grid(self._model, x)
+        grid = observer.family.grid(self._model, x)
         if chunk.area is None and grid != self._evaluation.recorder.grid:
             raise RuntimeError(
                 f"the model was called on a tile of {grid[0]} x {grid[1]} patches; the image has "
-                "{} x {}. Tiled sampling cannot be recorded.".format(*self._evaluation.recorder.grid)
+                "{} x {}, and tiled sampling cannot be recorded".format(*self._evaluation.recorder.grid)
             )
-        text = observer._family.TextStream(
+        text = observer.family.TextStream(
             self._model,
             timestep[chunk.rows],
             None if guidance is None else guidance[chunk.rows],
             x.dtype,
         )
-        stream = observer._stream(text, observer._tokens, self._layers)
+        stream = observer.stream(text, layers=self._layers)
         self._followed.append((chunk, grid, stream))
 
     def before_attention(self, q, k, v, pe=None, attn_mask=None, extra_options=None):
@@ -297,7 +302,7 @@ class _Hooks:
     def _rotate(self, keys: Tensor, pe: Tensor | None, patches: slice, chunk: _Chunk) -> Tensor:
         if pe is not None:
             pe = pe[chunk.rows if len(pe) > 1 else slice(None), :, patches]
-        return self._observer._family.rotate(keys, pe)
+        return self._observer.family.rotate(keys, pe)
 
     def after_attention(self, out, extra_options):
         if extra_options.get("block_type") == "double" and self.active:

@@ -79,7 +79,8 @@ class Recording:
         ]
         if not chosen:
             raise ValueError(
-                f"No step of the chosen range was recorded. Recorded steps: {_listed(sorted(set(self.steps)))}."
+                "No step of the chosen range was recorded. "
+                f"Recorded steps: {_listed(sorted(set(self.steps)))}."
             )
         index = [self.layers.index(layer) for layer in layers]
         if index == list(range(len(self.layers))):
@@ -185,7 +186,7 @@ class Recorder:
         self.layers = layers
         self.batch = batch
         self.grid = grid
-        self.failure: BaseException | None = None
+        self.failure: str | None = None
         self.thinned = False
         self._concepts = concepts
         self._default_layers = tuple(layer for layer in default_layers if layer in layers) or layers
@@ -211,10 +212,9 @@ class Recorder:
             if self._bytes > self._budget and self.layers != self._default_layers:
                 self._thin()
 
-    def fail(self, failure: BaseException) -> None:
-        """Give up recording: the image goes on, and the failure is raised when maps are asked for."""
-        if self.failure is None:
-            self.failure = failure
+    def fail(self, reason: str) -> None:
+        """Give up recording: the image goes on, and the reason is raised when maps are asked for."""
+        self.failure = self.failure or reason
 
     def _thin(self) -> None:
         self.layers = self._default_layers
@@ -233,8 +233,8 @@ class Recorder:
         if self.failure is not None:
             raise RecordingError(
                 "Concept Attention could not record this sampling run (the image is not affected): "
-                f"{self.failure}"
-            ) from self.failure
+                f"{self.failure}."
+            )
         evaluations = [e for e in self._evaluations if e.passes]
         if not evaluations:
             raise RecordingError(
@@ -282,7 +282,7 @@ def _step(schedule: list[float], sigma: float) -> int:
 _recordings: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def remember(samples: Tensor, recording: Recording | RecordingError) -> None:
+def remember(samples: Tensor, recording: Recording | str) -> None:
     """Tie a recording, or the reason that there is none, to the tensor that a sampling run returned. It
     lives as long as the tensor does."""
     _recordings[samples] = recording
@@ -296,8 +296,8 @@ def recording_of(latent: dict) -> Recording:
     """
     samples = latent["samples"]
     found = _recordings.get(samples) if isinstance(samples, Tensor) else None
-    if isinstance(found, RecordingError):
-        raise found
+    if isinstance(found, str):
+        raise RecordingError(found)
     if found is None:
         raise RecordingError(
             "This LATENT was not sampled with Concept Attention. Put the Concept Attention node between "

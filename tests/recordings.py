@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.recording import Recording
+
+CONCEPTS = Concepts(("cat", "ball"), ("sky",))
 
 
 def recording(
@@ -12,7 +15,7 @@ def recording(
     evaluations: int = 3,
     layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5),
     batch: int = 1,
-    concepts: Concepts = Concepts(("cat", "ball"), ("sky",)),
+    concepts: Concepts = CONCEPTS,
     grid: tuple[int, int] = (4, 6),
     seed: int = 0,
 ) -> Recording:

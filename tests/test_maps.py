@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.maps import ConceptMaps, concept_maps, heatmaps, upscale
 from concept_attention.core.recording import parse_layers
@@ -97,7 +98,9 @@ def test_a_padded_grid_is_cut_to_the_image():
 
 
 def test_concepts_are_found_whatever_their_case_and_spacing():
-    maps = ConceptMaps(torch.zeros(1, 3, 1, 1), Concepts(("Hot air balloon", "cat"), ("sky",)), (8, 8), (1, 1))
+    maps = ConceptMaps(
+        torch.zeros(1, 3, 1, 1), Concepts(("Hot air balloon", "cat"), ("sky",)), (8, 8), (1, 1)
+    )
     assert maps.index(" hot  AIR balloon") == 0
     assert maps.index("sky") == 2
     with pytest.raises(ValueError, match='no concept "dog". The concepts are: Hot air balloon, cat, sky'):
