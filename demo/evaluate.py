@@ -43,13 +43,13 @@ def evaluate(args: argparse.Namespace) -> None:
     import comfy.sd
     import comfy.utils
     import torch
-    from scenes import HELD_OUT, make_scene
-    from text_encoder import WIDTH, load_text_encoder
 
     from core.concepts import Concepts, encode_concepts
     from core.maps import concept_maps
     from core.observe import observe
     from core.recording import recording_of
+    from scenes import HELD_OUT, make_scene
+    from text_encoder import WIDTH, load_text_encoder
 
     model = comfy.sd.load_diffusion_model(str(args.models / "flux.safetensors"))
     clip = load_text_encoder(args.models / "text_encoder.safetensors")
