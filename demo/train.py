@@ -158,6 +158,16 @@ class TextEncoder(nn.Module):
             ]
         )
 
+    def load(self, state: dict[str, Tensor]) -> None:
+        from text_encoder import TABLES
+
+        for prefix, (table, _) in TABLES.items():
+            part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            self.rows[prefix.rstrip(".")].data.copy_(part.pop(table))
+            if not torch.equal(part.pop("ids").long(), self.ids[prefix]):
+                raise ValueError("the vocabulary has changed since this text encoder was saved")
+            getattr(self, prefix.rstrip(".")).load_state_dict(part, strict=False)
+
     def export(self) -> dict[str, Tensor]:
         from text_encoder import TABLES
 
@@ -339,12 +349,14 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=16000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--map-weight", type=float, default=0.3)
+    parser.add_argument("--resume", type=Path, help="a folder that this script has written to")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     start_comfyui(args.comfyui)
     import comfy.ops
     from comfy.ldm.flux.model import Flux
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     from core.architectures.flux1 import TextStream
 
@@ -358,12 +370,22 @@ def main() -> None:
     text = TextEncoder()
     both = nn.ModuleDict({"model": model, "text": text})
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    decay = [p for p in both.parameters() if p.ndim == 2]
-    rest = [p for p in both.parameters() if p.ndim != 2]
-    groups = [{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.97))
+    if args.resume:
+        text.load(load_file(args.resume / "text_encoder.safetensors"))
+        state = load_file(args.resume / "flux.safetensors")
+        model.load_state_dict({k.replace("_norm.scale", "_norm.weight"): v for k, v in state.items()})
+    matrices = [
+        p for p in [*model.double_blocks.parameters(), *model.single_blocks.parameters()] if p.ndim == 2
+    ]
+    theirs = {id(p) for p in matrices}
+    rest = [p for p in both.parameters() if id(p) not in theirs]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.97), weight_decay=0.0),
+    ]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     average = torch.optim.swa_utils.AveragedModel(
-        both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+        both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.996)
     )
 
     def save() -> None:
@@ -377,8 +399,8 @@ def main() -> None:
 
     start, step, log, saved = time.monotonic(), 0, [], 0.0
     while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 200) * (1 - done) ** 1.0
+        for group in groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 100) * (1 - done)
         picked = rng.integers(0, len(data.latents), args.batch)
         scenes = [data.scenes[i] for i in picked]
         count = int(rng.integers(2, 9))
@@ -396,11 +418,12 @@ def main() -> None:
             velocity, scores = forward(model, TextStream, xt, sigma, context, pooled, concepts)
         flow = F.mse_loss(velocity.float(), noise - x0)
         ce, hits = map_loss(scores, target)
-        loss = flow + 0.1 * (ce * (1.1 - sigma)).mean()
-        optimizer.zero_grad()
+        loss = flow + args.map_weight * (ce * (1.1 - sigma)).mean()
+        both.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         average.update_parameters(both)
         step += 1
         middle = (sigma - 0.5).abs() < 0.15

@@ -1,0 +1,30 @@
+"""Recordings made by hand."""
+
+from __future__ import annotations
+
+import torch
+from concept_attention.core.concepts import Concepts
+from concept_attention.core.recording import Recording
+
+
+def recording(
+    *,
+    evaluations: int = 3,
+    layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5),
+    batch: int = 1,
+    concepts: Concepts = Concepts(("cat", "ball"), ("sky",)),
+    grid: tuple[int, int] = (4, 6),
+    seed: int = 0,
+) -> Recording:
+    g = torch.Generator().manual_seed(seed)
+    shape = (len(layers), batch, len(concepts.all), *grid)
+    return Recording(
+        concepts=concepts,
+        layers=layers,
+        default_layers=layers[-4:],
+        sigmas=tuple(1 - i / evaluations for i in range(evaluations)),
+        steps=tuple(range(evaluations)),
+        scores={"output": tuple(3 * torch.randn(shape, generator=g) for _ in range(evaluations))},
+        image_size=(16 * grid[0], 16 * grid[1]),
+        coverage=(1.0, 1.0),
+    )

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from concept_attention.core.concepts import Concepts
+from concept_attention.core.maps import ConceptMaps, concept_maps, heatmaps, upscale
+from concept_attention.core.recording import parse_layers
+from recordings import recording
+
+
+def test_the_softmax_is_over_concepts_and_before_the_mean():
+    r = recording()
+    scores = torch.stack(r.scores["output"])[:, 2:]  # (E, L, B, K, h, w), default layers
+    expected = torch.stack([s.softmax(-3) for s in scores.flatten(0, 1)]).mean(0)
+    torch.testing.assert_close(heatmaps(r), expected)
+    assert not torch.allclose(heatmaps(r), scores.mean((0, 1)).softmax(-3), atol=0.01)
+
+
+def test_raw_maps_are_the_mean_of_the_scores():
+    r = recording()
+    expected = torch.stack(r.scores["output"])[[0, 2]][:, [1, 3]].mean((0, 1))
+    torch.testing.assert_close(heatmaps(r, layers=[1, 3], steps=[0, 2], softmax=False), expected)
+
+
+def test_a_temperature_divides_the_scores():
+    r = recording()
+    halved = recording()
+    for scores in halved.scores["output"]:
+        scores /= 2
+    torch.testing.assert_close(heatmaps(r, temperature=2.0), heatmaps(halved))
+
+
+def test_selecting_does_not_change_the_recording():
+    r = recording()
+    before = [s.clone() for s in r.scores["output"]]
+    heatmaps(r, layers=[0])
+    heatmaps(r, layers=r.layers, temperature=3.0)
+    heatmaps(r, layers=r.layers, softmax=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, r.scores["output"], strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0, -1, float("nan")])
+def test_a_temperature_that_is_not_positive_is_an_error(temperature):
+    with pytest.raises(ValueError, match="above 0"):
+        heatmaps(recording(), temperature=temperature)
+
+
+def test_what_was_not_recorded_is_an_error_that_says_what_was():
+    r = recording()
+    with pytest.raises(ValueError, match='"value" was not recorded, only: output'):
+        heatmaps(r, space="value")
+    with pytest.raises(ValueError, match="Layers 7, 9 were not recorded. Recorded: 0-5"):
+        heatmaps(r, layers=[5, 7, 9])
+    with pytest.raises(ValueError, match="No layers were chosen. Recorded: 0-5"):
+        heatmaps(r, layers=[])
+    with pytest.raises(ValueError, match="Recorded steps: 0-2"):
+        heatmaps(r, steps=range(3, 10))
+
+
+def test_maps_with_a_softmax_add_up_to_one():
+    maps = concept_maps(recording(batch=2))
+    torch.testing.assert_close(maps.values.sum(1), torch.ones(2, 4, 6))
+
+
+def test_raw_maps_share_one_scale_per_image():
+    r = recording(batch=2)
+    for scores in r.scores["output"]:
+        scores[:, 1] *= 10
+    raw, scaled = heatmaps(r, softmax=False), concept_maps(r, softmax=False).values
+    assert scaled.amin((1, 2, 3)).tolist() == [0, 0]
+    assert scaled.amax((1, 2, 3)).tolist() == [1, 1]
+    for image in (0, 1):
+        assert raw[image].flatten().argsort().tolist() == scaled[image].flatten().argsort().tolist()
+
+
+def test_raw_maps_of_constant_scores_are_zero():
+    r = recording()
+    for scores in r.scores["output"]:
+        scores.fill_(2.5)
+    assert not concept_maps(r, softmax=False).values.any()
+
+
+def test_nearest_upscaling_repeats_patches():
+    maps = torch.arange(6.0).view(1, 1, 2, 3)
+    big = upscale(maps, (32, 48), mode="nearest")
+    assert torch.equal(big, maps.repeat_interleave(16, 2).repeat_interleave(16, 3))
+
+
+def test_a_padded_grid_is_cut_to_the_image():
+    """A 15 x 17 latent is 8 x 9 patches of 16 pixels, of which the image covers 120 x 136 pixels."""
+    maps = torch.rand(1, 2, 8, 9)
+    coverage = (15 / 16, 17 / 18)
+    whole = upscale(maps, (128, 144))
+    assert torch.equal(upscale(maps, (120, 136), coverage), whole[..., :120, :136])
+    assert upscale(maps, (240, 272), coverage).shape == (1, 2, 240, 272)
+    assert upscale(maps, (1, 1), coverage).shape == (1, 2, 1, 1)
+
+
+def test_concepts_are_found_whatever_their_case_and_spacing():
+    maps = ConceptMaps(torch.zeros(1, 3, 1, 1), Concepts(("Hot air balloon", "cat"), ("sky",)), (8, 8), (1, 1))
+    assert maps.index(" hot  AIR balloon") == 0
+    assert maps.index("sky") == 2
+    with pytest.raises(ValueError, match='no concept "dog". The concepts are: Hot air balloon, cat, sky'):
+        maps.index("dog")
+
+
+@pytest.mark.parametrize(
+    "text,layers",
+    [
+        ("all", (0, 1, 2, 3, 4)),
+        (" Default ", (3, 4)),
+        ("2", (2,)),
+        ("0, 2-4", (0, 2, 3, 4)),
+        ("3 - 4,0,3", (0, 3, 4)),
+    ],
+)
+def test_layers_are_read_from_text(text, layers):
+    assert parse_layers(text, range(5), (3, 4)) == layers
+
+
+@pytest.mark.parametrize("text", ["", "last", "1;2", "1-", "-1", "1.5", "٣x"])
+def test_layers_that_cannot_be_read_are_an_error(text):
+    with pytest.raises(ValueError, match="cannot be read"):
+        parse_layers(text, range(5), (3, 4))
+
+
+@pytest.mark.parametrize("text", ["5", "0-5", "4-2", "99999999999"])
+def test_layers_that_do_not_exist_are_an_error(text):
+    with pytest.raises(ValueError, match="only: 0-4"):
+        parse_layers(text, range(5), (3, 4))
+
+
+def test_a_range_skips_layers_that_were_not_recorded():
+    assert parse_layers("0-18", (0, 5, 18), (18,)) == (0, 5, 18)

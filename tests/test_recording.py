@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from concept_attention.core.concepts import Concepts
+from concept_attention.core.recording import Pass, Recorder, RecordingError, recording_of, remember
+from recordings import recording
+
+CONCEPTS = Concepts(("cat",), ("sky",))
+
+
+def recorder(**options) -> Recorder:
+    return Recorder(
+        CONCEPTS,
+        options.pop("layers", (0, 1, 2)),
+        options.pop("default_layers", (1, 2)),
+        torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]),
+        batch=options.pop("batch", 1),
+        grid=(2, 2),
+        image_size=(32, 32),
+        coverage=(1.0, 1.0),
+        **options,
+    )
+
+
+def a_pass(value: float, layers=(0, 1, 2), batch=slice(0, 1), rows=1, origin=(0, 0), grid=(2, 2)) -> Pass:
+    scores = torch.full((len(layers), rows, 2, *grid), value)
+    return Pass(batch, origin, layers, {"output": scores})
+
+
+def finish(*passes_of_evaluations, sigmas=None, **options):
+    r = recorder(**options)
+    for i, passes in enumerate(passes_of_evaluations):
+        evaluation = r.evaluation(torch.tensor([sigmas[i] if sigmas else 1.0]))
+        for p in passes:
+            r.add(evaluation, p)
+    return r.finish()
+
+
+def test_an_evaluation_belongs_to_the_last_step_that_starts_at_its_noise_or_above():
+    sigmas = [1.0, 0.75, 0.6, 0.5 - 1e-7, 0.25, 0.1, 2.0]
+    found = finish(*[[a_pass(0.0)]] * len(sigmas), sigmas=sigmas)
+    assert found.steps == (0, 1, 1, 2, 3, 3, 0)
+    assert found.sigmas == pytest.approx(sigmas)
+
+
+def test_skipped_evaluations_are_absent():
+    found = finish([a_pass(1.0)], [], [a_pass(3.0)], sigmas=[1.0, 0.75, 0.5])
+    assert found.steps == (0, 2)
+    assert [float(s.mean()) for s in found.scores["output"]] == [1.0, 3.0]
+
+
+def test_several_conditionings_of_one_evaluation_are_averaged():
+    found = finish([a_pass(1.0), a_pass(4.0)])
+    assert (found.scores["output"][0] == 2.5).all()
+
+
+def test_a_conditioning_of_an_area_counts_in_its_area_only():
+    area = a_pass(4.0, origin=(0, 1), grid=(2, 1))
+    scores = finish([a_pass(1.0), area]).scores["output"][0]
+    assert (scores[..., 0] == 1.0).all()
+    assert (scores[..., 1] == 2.5).all()
+
+
+def test_context_windows_fill_their_own_images():
+    windows = [a_pass(1.0, batch=[0, 1], rows=2), a_pass(3.0, batch=[1, 2], rows=2)]
+    scores = finish(windows, batch=3).scores["output"][0]
+    assert scores[0, :, 0, 0, 0].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_recording_over_the_budget_keeps_the_default_layers():
+    size = a_pass(0.0).scores["output"].nbytes
+    r = recorder(budget=2 * size)
+    for value in (1.0, 2.0, 3.0):
+        r.add(r.evaluation(torch.tensor([1.0])), a_pass(value))
+    r.add(r.evaluation(torch.tensor([1.0])), a_pass(4.0, layers=(1, 2)))
+    found = r.finish()
+    assert r.thinned
+    assert found.layers == (1, 2)
+    assert [s.shape[0] for s in found.scores["output"]] == [2] * 4
+    assert [float(s.mean()) for s in found.scores["output"]] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_recording_within_the_budget_keeps_every_layer():
+    r = recorder(budget=a_pass(0.0).scores["output"].nbytes)
+    r.add(r.evaluation(torch.tensor([1.0])), a_pass(1.0))
+    assert not r.thinned
+    assert r.finish().layers == (0, 1, 2)
+
+
+def test_a_run_that_recorded_nothing_is_an_error_that_names_likely_causes():
+    with pytest.raises(RecordingError, match=r"recorded nothing.*2 evaluations.*TeaCache.*compiled"):
+        finish([], [])
+
+
+def test_a_failure_is_raised_with_its_cause():
+    r = recorder()
+    r.add(r.evaluation(torch.tensor([1.0])), a_pass(1.0))
+    r.fail(RuntimeError("the reason"))
+    r.fail(RuntimeError("what followed from it"))
+    with pytest.raises(RecordingError, match="the reason") as raised:
+        r.finish()
+    assert str(raised.value.__cause__) == "the reason"
+
+
+def test_the_latents_tensor_is_the_key():
+    samples, found = torch.zeros(1, 16, 4, 4), recording()
+    remember(samples, found)
+    assert recording_of({"samples": samples, "noise_mask": None}) is found
+    with pytest.raises(RecordingError, match="not sampled with Concept Attention"):
+        recording_of({"samples": samples.clone()})
+
+
+def test_the_reason_for_no_recording_is_raised_when_maps_are_asked_for():
+    samples = torch.zeros(1)
+    remember(samples, RecordingError("because"))
+    with pytest.raises(RecordingError, match="because"):
+        recording_of({"samples": samples})
+
+
+def test_a_recording_dies_with_its_latent():
+    import weakref
+
+    samples, found = torch.zeros(1), recording()
+    remember(samples, found)
+    alive = weakref.ref(found)
+    del found
+    assert alive() is not None
+    del samples
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_latent_of_several_tensors_has_no_recording():
+    with pytest.raises(RecordingError, match="not sampled with Concept Attention"):
+        recording_of({"samples": object()})
