@@ -71,3 +71,8 @@ def palette(count: int) -> np.ndarray:
     """``count`` sRGB colours (count, 3) in 0..1. First the seven of Okabe and Ito, then each time the
     colour that is furthest from all before it, to the eyes that see the least difference."""
     return _palette(count).copy()
+
+
+def hex_colours(count: int) -> list[str]:
+    """The same as "#rrggbb"."""
+    return [f"#{bytes(colour).hex()}" for colour in np.rint(palette(count) * 255).astype(np.uint8)]
