@@ -21,6 +21,7 @@ from .recording import Recording
 SUFFIX = ".concepts.safetensors"
 _KEY = "concept_maps"
 _VERSION = 1
+_SCORES = "scores."
 
 
 def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -28,7 +29,7 @@ def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None 
     recording = maps.recording
     tensors = {"maps": maps.values.contiguous()}
     for space, scores in recording.scores.items():
-        tensors[f"scores.{space}"] = torch.stack(scores)
+        tensors[_SCORES + space] = torch.stack(scores)
     description = {
         "version": _VERSION,
         "concepts": recording.concepts.names,
@@ -76,18 +77,31 @@ def _read(file: safe_open, description: dict) -> ConceptMaps:
     if description["version"] != _VERSION:
         raise ValueError(f"its format has version {description['version']}, this is version {_VERSION}")
     recorded, chosen = description["recorded"], description["maps"]
+    concepts = Concepts(tuple(description["concepts"]), tuple(description["background"]))
+    tensors = {name: file.get_tensor(name) for name in ("maps", *(_SCORES + s for s in recorded["spaces"]))}
+
+    batch, _, *grid = tensors["maps"].shape
+    maps_shape = (batch, len(concepts.all), *grid)
+    scores_shape = (len(recorded["sigmas"]), len(recorded["layers"]), *maps_shape)
+    for name, tensor in tensors.items():
+        expected = maps_shape if name == "maps" else scores_shape
+        if tensor.shape != expected:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {expected}")
+    if len(recorded["steps"]) != len(recorded["sigmas"]):
+        raise ValueError(f"it has {len(recorded['steps'])} steps for {len(recorded['sigmas'])} sigmas")
+
     recording = Recording(
-        concepts=Concepts(tuple(description["concepts"]), tuple(description["background"])),
+        concepts=concepts,
         layers=tuple(recorded["layers"]),
         default_layers=tuple(recorded["default_layers"]),
         sigmas=tuple(recorded["sigmas"]),
         steps=tuple(recorded["steps"]),
-        scores={space: file.get_tensor(f"scores.{space}").unbind(0) for space in recorded["spaces"]},
+        scores={space: tensors[_SCORES + space].unbind(0) for space in recorded["spaces"]},
         image_size=tuple(description["image_size"]),
         coverage=tuple(description["coverage"]),
     )
-    maps = ConceptMaps(
-        values=file.get_tensor("maps"),
+    return ConceptMaps(
+        values=tensors["maps"],
         recording=recording,
         space=chosen["space"],
         layers=tuple(chosen["layers"]),
@@ -95,11 +109,3 @@ def _read(file: safe_open, description: dict) -> ConceptMaps:
         softmax=chosen["softmax"],
         temperature=chosen["temperature"],
     )
-    batch, *grid = (maps.values.shape[i] for i in (0, 2, 3))
-    names = len(recording.concepts.all)
-    whole = (len(recording.steps), len(recording.layers), batch, names, *grid)
-    for space, scores in recording.scores.items():
-        shape = (len(scores), *scores[0].shape)
-        if shape != whole or maps.values.shape[1] != names or len(recording.sigmas) != len(scores):
-            raise ValueError(f'scores of the space "{space}" are {shape} where {whole} belong')
-    return maps
