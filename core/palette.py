@@ -56,8 +56,9 @@ def _palette(count: int) -> np.ndarray:
     steps = np.linspace(0, 1, 11)
     candidates = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
     lightness, *chroma = seen(candidates)[0].T
-    # neither close to the black and white around them nor to the greys of a picture
-    candidates = candidates[(lightness > 0.35) & (lightness < 0.93) & (np.hypot(*chroma) > 0.06)]
+    to_white = difference(candidates, np.ones((1, 3)))[:, 0]
+    # neither dark, nor close to the white of a page, nor to the greys of a picture
+    candidates = candidates[(lightness > 0.35) & (to_white > 0.1) & (np.hypot(*chroma) > 0.06)]
     chosen = np.array(colours) / 255
     nearest = difference(candidates, chosen).min(1)
     while len(chosen) < count:

@@ -6,6 +6,8 @@ Names are a user's text: never mathtext, and letters that no font has are drawn 
 
 from __future__ import annotations
 
+import bisect
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -281,10 +283,10 @@ def text_width(text: str, size: float) -> float:
 
 
 def shortened(text: str, width: float, size: float) -> str:
-    """The text, cut to fit ``width`` pixels."""
-    if text_width(text[:200], size) <= width and len(text) <= 200:
+    """The text without control characters, which SVG forbids, cut to fit ``width`` pixels."""
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs"))
+    if len(text) <= 200 and text_width(text, size) <= width:
         return text
-    cut = text[:200]
-    while len(cut) > 1 and text_width(cut + "…", size) > width:
-        cut = cut[:-1]
-    return cut.rstrip() + "…"
+    lengths = range(min(len(text), 200))
+    cut = bisect.bisect_right(lengths, width, key=lambda length: text_width(text[:length] + "…", size)) - 1
+    return text[: max(cut, 1)].rstrip() + "…"
