@@ -91,7 +91,7 @@ class Part(NamedTuple):
 
     Attributes:
         box: left, top, width, height.
-        peak: x and y of a point well inside, where the concept's map is highest.
+        peak: x and y of a point well inside, where the concept's map is highest or nearly so.
         score: the map there, 0..1.
     """
 
@@ -113,9 +113,9 @@ def parts(concept: str, inside: Tensor, values: Tensor) -> list[Part]:
         part = labels[rows, columns] == label + 1
         heights = np.where(part, values[rows, columns].numpy(), -1)
         score = heights.max()
-        # Maps have plateaus: of the points that are as good as the highest, the one furthest inside.
+        # Maps have plateaus: of the points about as high as the highest, the one furthest inside.
         depth = ndimage.distance_transform_edt(np.pad(part, 1))[1:-1, 1:-1]
-        y, x = np.unravel_index(np.where(heights >= 0.99 * score, depth, 0).argmax(), part.shape)
+        y, x = np.unravel_index(np.where(heights >= 0.95 * score, depth, 0).argmax(), part.shape)
         box = (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
         peak = (columns.start + int(x), rows.start + int(y))
         found.append(Part(concept, box, peak, float(score)))
