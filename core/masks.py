@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 
-from .maps import ConceptMaps
+from .maps import ConceptMaps, upscale
 
 METHODS = ("argmax", "mean", "otsu", "fixed", "top fraction")
 
@@ -83,9 +86,45 @@ def clean(inside: Tensor, *, fill_holes: bool = False, smallest_area: float = 0.
     return torch.from_numpy(np.ascontiguousarray(plane))
 
 
-def concept_mask(
+class Part(NamedTuple):
+    """A connected part of the region of a concept, in pixels.
+
+    Attributes:
+        box: left, top, width, height.
+        peak: x and y of a point well inside, where the concept's map is highest or nearly so.
+        score: the map there, 0..1.
+    """
+
+    concept: str
+    box: tuple[int, int, int, int]
+    peak: tuple[int, int]
+    score: float
+
+
+def parts(concept: str, inside: Tensor, values: Tensor) -> list[Part]:
+    """The connected parts (by edges or corners) of a region (H, W), the largest first, with the concept's
+    map (H, W) in it."""
+    labels, _ = ndimage.label(inside.numpy(), structure=np.ones((3, 3)))
+    areas = np.bincount(labels.ravel())[1:]
+    boxes = ndimage.find_objects(labels)
+    found = []
+    for label in np.argsort(-areas, kind="stable"):
+        rows, columns = boxes[label]
+        part = labels[rows, columns] == label + 1
+        heights = np.where(part, values[rows, columns].numpy(), -1)
+        score = heights.max()
+        # Maps have plateaus: of the points about as high as the highest, the one furthest inside.
+        depth = ndimage.distance_transform_edt(np.pad(part, 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(np.where(heights >= 0.95 * score, depth, 0).argmax(), part.shape)
+        box = (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
+        peak = (columns.start + int(x), rows.start + int(y))
+        found.append(Part(concept, box, peak, float(score)))
+    return found
+
+
+def concept_masks(
     maps: ConceptMaps,
-    name: str,
+    names: Sequence[str],
     *,
     size: tuple[int, int] | None = None,
     method: str = "argmax",
@@ -96,8 +135,10 @@ def concept_mask(
     grow: int = 0,
     feather: float = 0.0,
     invert: bool = False,
-) -> Tensor:
-    """The mask (B, H, W) of one concept, float32 in 0..1 on the CPU.
+) -> tuple[Tensor, list[list[Part]]]:
+    """Masks (B, N, H, W) of N concepts, float32 in 0..1 on the CPU, and for each image the parts that their
+    regions have, in the order of ``names``. Parts are those of the regions, before ``invert`` and
+    ``feather``.
 
     Args:
         size: height and width; the image's own by default.
@@ -110,15 +151,34 @@ def concept_mask(
     Raises:
         ValueError: there is no such concept, or no such method.
     """
-    index = maps.index(name)
-    planes = []
-    for values in maps.at_size(*(size or maps.image_size)):
-        inside = region(values, index, method, threshold)
-        inside = clean(inside, fill_holes=fill_holes, smallest_area=smallest_area, grow=grow)
-        plane = torch.where(inside, values[index], 0.0) if soft else inside.float()
-        if invert:
-            plane = 1 - plane
-        if feather > 0:
-            plane = torch.from_numpy(ndimage.gaussian_filter(plane.numpy(), feather, mode="nearest"))
-        planes.append(plane)
-    return torch.stack(planes).clamp(0, 1)
+    indices = [maps.index(name) for name in names]
+    planes, found = [], []
+    for image in maps.values.unsqueeze(1):
+        values = upscale(image, size or maps.image_size, maps.coverage)[0]
+        found.append([])
+        for index in indices:
+            inside = region(values, index, method, threshold)
+            inside = clean(inside, fill_holes=fill_holes, smallest_area=smallest_area, grow=grow)
+            found[-1] += parts(maps.concepts.all[index], inside, values[index])
+            plane = torch.where(inside, values[index], 0.0) if soft else inside.float()
+            if invert:
+                plane = 1 - plane
+            if feather > 0:
+                plane = torch.from_numpy(ndimage.gaussian_filter(plane.numpy(), feather, mode="nearest"))
+            planes.append(plane)
+    return torch.stack(planes).clamp(0, 1).unflatten(0, (-1, len(indices))), found
+
+
+def concept_mask(maps: ConceptMaps, name: str, **options) -> Tensor:
+    """The mask (B, H, W) of one concept, with the options and errors of ``concept_masks``."""
+    return concept_masks(maps, [name], **options)[0][:, 0]
+
+
+def segment(maps: ConceptMaps, size: tuple[int, int] | None = None, floor: float = 0.0) -> Tensor:
+    """Which concept each pixel shows (B, H, W): the index in ``maps.concepts.all`` of the highest map, or
+    -1 (unassigned) where even that is below ``floor``."""
+    labels = []
+    for image in maps.values.unsqueeze(1):
+        highest, label = upscale(image, size or maps.image_size, maps.coverage)[0].max(0)
+        labels.append(torch.where(highest < floor, -1, label))
+    return torch.stack(labels)

@@ -1,13 +1,57 @@
-"""Concept maps to pictures. An image is (H, W, 3) float32 in 0..1, as in ComfyUI's IMAGE."""
+"""Concept maps to pictures. An image is (H, W, 3) float32 in 0..1, as in ComfyUI's IMAGE.
+
+Lines and letters are drawn by matplotlib's Agg canvas, without pyplot, so that nodes may run in threads.
+Names are a user's text: never mathtext, and letters that no font has are drawn as boxes.
+"""
 
 from __future__ import annotations
 
+import bisect
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import cache
+
 import matplotlib
+import numpy as np
 import torch
+from matplotlib import font_manager, patheffects
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from torch import Tensor
+from torch.nn import functional as F
+
+from .maps import ConceptMaps, upscale
+from .palette import palette
 
 # perceptually uniform, dark to light
 COLOUR_MAPS = ("magma", "inferno", "plasma", "viridis", "cividis")
+
+# Fonts for what DejaVu Sans, which comes with matplotlib, lacks; those installed are used.
+_MORE_FONTS = (
+    "Noto Sans CJK KR",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Noto Sans KR",
+    "NanumGothic",
+    "Malgun Gothic",
+    "Yu Gothic",
+    "Microsoft YaHei",
+    "Apple SD Gothic Neo",
+    "Hiragino Sans",
+    "PingFang SC",
+    "WenQuanYi Micro Hei",
+    "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
+    "Noto Emoji",
+    "Segoe UI Emoji",
+)
+
+_LUMA = torch.tensor([0.2126, 0.7152, 0.0722])
+
+_DPI = 128  # a power of 2: pixels to inches and back without rounding
 
 
 def colourise(maps: Tensor, colour_map: str = "magma") -> Tensor:
@@ -19,5 +63,230 @@ def colourise(maps: Tensor, colour_map: str = "magma") -> Tensor:
 def heatmap_images(maps: Tensor, colour_map: str = "magma") -> Tensor:
     """Maps (B, K, H, W) as heatmaps (B, K, H, W, 3). All concepts of an image share one scale, from 0 to
     the highest value of any, so that an absent concept looks absent."""
-    highest = maps.amax((1, 2, 3), keepdim=True)
-    return colourise(maps / torch.where(highest > 0, highest, 1.0), colour_map)
+    return colourise(maps / _positive(maps.amax((1, 2, 3), keepdim=True)), colour_map)
+
+
+def _positive(highest: Tensor) -> Tensor:
+    return torch.where(highest > 0, highest, 1.0)
+
+
+def images_of(maps: ConceptMaps, images: Tensor) -> Tensor:
+    """Images (N, H, W, 3) float32 on the CPU that the maps belong on, one for each. A single image goes
+    with all maps, and the maps of a single image with all images.
+
+    Raises:
+        ValueError: the numbers of images differ, or the images have another shape than the one sampled.
+    """
+    counts = len(maps.values), len(images)
+    if counts[0] != counts[1] and 1 not in counts:
+        raise ValueError(
+            f"There are {counts[1]} images, but concept maps of {counts[0]}. "
+            "Connect the images decoded from the LATENT that the maps belong to, or a single image."
+        )
+    (height, width), (rows, columns) = images.shape[1:3], maps.image_size
+    if not 0.9 < (height / width) / (rows / columns) < 1.1:
+        raise ValueError(
+            f"The image is {width} x {height} pixels, but the concept maps are of an image of "
+            f"{columns} x {rows}, which has another shape. Connect that image, at any scale."
+        )
+    return images[..., :3].cpu().float().expand(max(counts), -1, -1, -1)
+
+
+def overlay_images(
+    maps: ConceptMaps,
+    images: Tensor,
+    names: Sequence[str],
+    *,
+    colour_map: str = "magma",
+    opacity: float = 0.6,
+    shared_scale: bool = True,
+    contour: float = 0.0,
+    label: bool = True,
+) -> Tensor:
+    """Images (B, H, W, 3) under the maps of concepts, one picture for each image and concept
+    (B, len(names), H, W, 3).
+
+    Args:
+        shared_scale: colours go from 0 to the highest value that any concept has in the image, so that an
+            absent concept looks absent; else to the highest value of the concept itself.
+        contour: draw a line where a map crosses this share of its scale, 0..1; 0 draws none.
+        label: write the concept's name into the picture.
+
+    Raises:
+        ValueError: there is no such concept, or maps and images do not go together (``images_of``).
+    """
+    indices = [maps.index(name) for name in names]
+    images = images_of(maps, images)
+    values = maps.values.expand(len(images), -1, -1, -1)
+    shown = list(range(len(maps.concepts.names)))
+    pictures = []
+    for image, own in zip(images, values, strict=True):
+        common = own[shown + indices].max()
+        for index in indices:
+            scale = _positive(common if shared_scale else own[index].max())
+            map_ = upscale(own[None, [index]] / scale, image.shape[:2], maps.coverage)[0, 0]
+            picture = torch.lerp(image, colourise(map_, colour_map), opacity)
+            name = maps.concepts.all[index] if label else ""
+            pictures.append(_inked(picture, lambda axes, m=map_, n=name: _annotate(axes, m, contour, n)))
+    return torch.stack(pictures).unflatten(0, (-1, len(indices)))
+
+
+def _annotate(axes: Axes, map_: Tensor, contour: float, name: str) -> None:
+    height, width = map_.shape
+    if contour > 0 and map_.min() < contour < map_.max():
+        line = max(1.5, height / 300)
+        axes.contour(
+            np.arange(width) + 0.5,
+            np.arange(height) + 0.5,
+            map_.numpy(),
+            [contour],
+            colors="white",
+            linewidths=_points(line),
+        ).set_path_effects([patheffects.withStroke(linewidth=_points(2.2 * line), foreground="#000000a0")])
+    if name:
+        size = max(11.0, height / 26)
+        margin = 0.7 * size
+        axes.text(
+            margin,
+            margin,
+            shortened(name, width - 2.6 * margin, size),
+            **text_style(_points(size)),
+            color="white",
+            va="top",
+            bbox={"boxstyle": "round,pad=0.35", "facecolor": "#000000a0", "edgecolor": "none"},
+        )
+
+
+def segmentation_images(
+    labels: Tensor,
+    names: Sequence[str],
+    images: Tensor | None = None,
+    *,
+    opacity: float = 0.6,
+    legend: bool = True,
+) -> Tensor:
+    """Coloured regions (N, H, W, 3), with a legend of names, colours and areas to the right.
+
+    Args:
+        labels: (N, H, W), the index in ``names`` that each pixel shows. Other values stay clear.
+        images: (N, H, W, 3) to colour, grey under the regions; without them the regions are solid on black.
+        opacity: of the regions, their borders are solid.
+    """
+    table = torch.from_numpy(palette(len(names))).float()
+    coloured = (labels >= 0) & (labels < len(names))
+    colours = table[labels.where(coloured, 0)]
+    if images is None:
+        pictures = colours * coloured.unsqueeze(-1)
+    else:
+        # Over grey, colours keep the hue that the legend shows.
+        grey = (images @ _LUMA).unsqueeze(-1).expand_as(images)
+        border = _borders(labels, max(1, round(labels.shape[-2] / 400))).unsqueeze(-1)
+        over = torch.lerp(grey, colours, torch.where(border, 1.0, opacity))
+        pictures = torch.where(coloured.unsqueeze(-1), over, images)
+    if not legend:
+        return pictures
+    areas = torch.stack([(labels == i).float().mean((1, 2)) for i in range(len(names))], 1)
+    return torch.cat([pictures, _legends(names, table, areas, labels.shape[-2])], 2)
+
+
+def _borders(labels: Tensor, thickness: int) -> Tensor:
+    """The pixels (N, H, W) up to ``thickness`` away from another label."""
+    planes = labels.float().unsqueeze(1)
+    highest, lowest = (
+        F.max_pool2d(p, 2 * thickness + 1, stride=1, padding=thickness) for p in (planes, -planes)
+    )
+    return (highest != -lowest).squeeze(1)
+
+
+def _legends(names: Sequence[str], colours: Tensor, areas: Tensor, height: int) -> Tensor:
+    """White columns (N, height, width, 3) that list the colour, name and area (N, K) of each concept, and
+    how much of the image shows none of them."""
+    entries = [*names, "none of these"]
+    size = max(11.0, min(height / 30, 40.0, 1.1 * height / len(entries)))
+    row, margin = 1.7 * size, size
+    per_column = max(1, int((height - 2 * margin) // row))
+    columns = [entries[i : i + per_column] for i in range(0, len(entries), per_column)]
+    shown = [[shortened(name, 14 * size, size) for name in column] for column in columns]
+    number = text_width("100.0 %", size)
+    widths = [2.2 * size + max(text_width(n, size) for n in c) + size + number for c in shown]
+    lefts = np.cumsum([margin] + [w + 1.5 * size for w in widths[:-1]])
+    paper = torch.ones(height, round(lefts[-1] + widths[-1] + margin), 3)
+
+    def write(axes: Axes, shares: list[float]) -> None:
+        for column, (left, width) in enumerate(zip(lefts, widths, strict=True)):
+            for i, name in enumerate(shown[column]):
+                index = column * per_column + i
+                share, middle = shares[index], margin + (i + 0.5) * row
+                ink = "#202020" if round(share, 3) > 0 else "#a0a0a0"
+                style = text_style(_points(size)) | {"va": "center_baseline", "color": ink}
+                axes.add_patch(
+                    matplotlib.patches.Rectangle(
+                        (left, middle - 0.6 * size),
+                        1.2 * size,
+                        1.2 * size,
+                        facecolor=colours[index].tolist() if index < len(names) else "none",
+                        edgecolor="#808080" if index == len(names) else "none",
+                    )
+                )
+                axes.text(left + 2 * size, middle, name, **style)
+                axes.text(left + width, middle, f"{100 * share:.1f} %", ha="right", **style)
+
+    shares = torch.cat([areas, 1 - areas.sum(1, keepdim=True)], 1).tolist()
+    return torch.stack([_inked(paper, lambda axes, s=s: write(axes, s)) for s in shares])
+
+
+def _inked(image: Tensor, draw: Callable[[Axes], None]) -> Tensor:
+    """The image with what ``draw`` draws over it, in pixels from the top left corner."""
+    height, width = image.shape[:2]
+    figure = Figure((width / _DPI, height / _DPI), _DPI)
+    figure.patch.set_alpha(0)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    draw(axes)
+    ink = _pixels(figure)
+    return torch.lerp(image, ink[..., :3], ink[..., 3:])
+
+
+def figure_image(figure: Figure, dpi: int) -> Tensor:
+    """A figure as an image."""
+    figure.set_dpi(dpi)
+    return _pixels(figure)[..., :3]
+
+
+def _pixels(figure: Figure) -> Tensor:
+    """A figure at its own dpi as RGBA (H, W, 4) in 0..1."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return torch.from_numpy(np.array(canvas.buffer_rgba())).float() / 255
+
+
+def _points(pixels: float) -> float:
+    return pixels * 72 / _DPI
+
+
+@cache
+def font_families() -> tuple[str, ...]:
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return ("DejaVu Sans", *(name for name in _MORE_FONTS if name in installed))
+
+
+def text_style(points: float) -> dict:
+    """What a user's text needs in matplotlib: fonts that have its letters, and no mathtext."""
+    return {"fontsize": points, "fontfamily": list(font_families()), "parse_math": False}
+
+
+def text_width(text: str, size: float) -> float:
+    """Width of a line of text of that size, both in pixels."""
+    font = FontProperties(family=list(font_families()), size=_points(size))
+    return RendererAgg(1, 1, _DPI).get_text_width_height_descent(text, font, ismath=False)[0]
+
+
+def shortened(text: str, width: float, size: float) -> str:
+    """The text without control characters, which SVG forbids, cut to fit ``width`` pixels."""
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs"))
+    if len(text) <= 200 and text_width(text, size) <= width:
+        return text
+    lengths = range(min(len(text), 200))
+    cut = bisect.bisect_right(lengths, width, key=lambda length: text_width(text[:length] + "…", size)) - 1
+    return text[: max(cut, 1)].rstrip() + "…"

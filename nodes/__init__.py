@@ -4,14 +4,27 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .concept_attention import ConceptAttention
+from .concept_figure import ConceptFigure
+from .concept_files import ConceptMapsLoad, ConceptMapsSave
 from .concept_mask import ConceptMask
+from .concept_overlay import ConceptOverlay
 from .concept_saliency import ConceptSaliency
+from .concept_segmentation import ConceptSegmentation
 
 
 class ConceptAttentionExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ConceptAttention, ConceptSaliency, ConceptMask]
+        return [
+            ConceptAttention,
+            ConceptSaliency,
+            ConceptMask,
+            ConceptSegmentation,
+            ConceptOverlay,
+            ConceptFigure,
+            ConceptMapsSave,
+            ConceptMapsLoad,
+        ]
 
 
 async def comfy_entrypoint() -> ConceptAttentionExtension:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 import logging
 
 import torch
 from comfy_api.latest import io
 
 from ..core.concepts import split_names
-from ..core.masks import concept_mask
+from ..core.masks import concept_masks
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -77,7 +78,22 @@ class ConceptMask(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Mask.Output(tooltip="For each image, one mask per concept, in the order of the list.")
+                io.Mask.Output(tooltip="For each image, one mask per concept, in the order of the list."),
+                io.BoundingBox.Output(
+                    display_name="boxes",
+                    tooltip=(
+                        "For each image, the boxes of each concept's connected parts, the largest first, "
+                        "before feather and invert. For the bboxes of SAM3 Detect."
+                    ),
+                ),
+                io.String.Output(
+                    display_name="points",
+                    is_output_list=True,
+                    tooltip=(
+                        "For each image, the peak of the concept's map in every box, as JSON. "
+                        "For the positive_coords of SAM3 Detect."
+                    ),
+                ),
             ],
         )
 
@@ -96,23 +112,30 @@ class ConceptMask(io.ComfyNode):
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         names = split_names(concept) or maps.concepts.names
-        masks = [
-            concept_mask(
-                maps,
-                name,
-                size=None if image is None else tuple(image.shape[1:3]),
-                method=method["method"],
-                threshold=method.get("threshold", method.get("fraction", 0.5)),
-                soft=soft,
-                fill_holes=fill_holes,
-                smallest_area=smallest_area,
-                grow=grow,
-                feather=feather,
-                invert=invert,
-            )
-            for name in names
+        masks, found = concept_masks(
+            maps,
+            names,
+            size=None if image is None else tuple(image.shape[1:3]),
+            method=method["method"],
+            threshold=method.get("threshold", method.get("fraction", 0.5)),
+            soft=soft,
+            fill_holes=fill_holes,
+            smallest_area=smallest_area,
+            grow=grow,
+            feather=feather,
+            invert=invert,
+        )
+        missing = {maps.index(name) for name in names}
+        missing -= {maps.index(part.concept) for parts in found for part in parts}
+        for index in sorted(missing):
+            logging.warning('Concept Mask found no "%s": the mask is empty.', maps.concepts.all[index])
+        boxes = [
+            [
+                dict(zip(("x", "y", "width", "height"), part.box, strict=True))
+                | {"label": part.concept, "score": part.score}
+                for part in parts
+            ]
+            for parts in found
         ]
-        for name, mask in zip(names, masks, strict=True):
-            if not mask.any():
-                logging.warning('Concept Mask found no "%s": the mask is empty.', name)
-        return io.NodeOutput(torch.stack(masks, 1).flatten(0, 1))
+        points = [json.dumps([{"x": x, "y": y} for x, y in (part.peak for part in parts)]) for parts in found]
+        return io.NodeOutput(masks.flatten(0, 1), boxes, points)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.maps import concept_maps
+from ..core.maps import ConceptMaps, concept_maps
 from ..core.recording import parse_layers, recording_of
 from ..core.render import heatmap_images
 from .types import CATEGORY, ConceptMapsType
@@ -21,8 +21,13 @@ class ConceptSaliency(io.ComfyNode):
             ),
             search_aliases=["saliency map", "heatmap", "attention map", "concept attention", "DAAM"],
             inputs=[
-                io.Latent.Input(
-                    "latent", tooltip="Straight from a sampler whose model went through Concept Attention."
+                io.MultiType.Input(
+                    "latent",
+                    [io.Latent, ConceptMapsType],
+                    tooltip=(
+                        "Straight from a sampler whose model went through Concept Attention. Or concept maps "
+                        "that were loaded: their recording is read anew."
+                    ),
                 ),
                 io.Combo.Input(
                     "space",
@@ -75,7 +80,7 @@ class ConceptSaliency(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        latent: io.Latent.Type,
+        latent: io.Latent.Type | ConceptMaps,
         space: str,
         layers: str,
         start_step: int,
@@ -83,7 +88,7 @@ class ConceptSaliency(io.ComfyNode):
         softmax: bool,
         temperature: float,
     ) -> io.NodeOutput:
-        recording = recording_of(latent)
+        recording = latent.recording if isinstance(latent, ConceptMaps) else recording_of(latent)
         chosen = parse_layers(layers, available=recording.layers, default=recording.default_layers)
         maps = concept_maps(
             recording,

@@ -1,10 +1,12 @@
-"""Recordings made by hand."""
+"""Recordings and concept maps made by hand."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from concept_attention.core.concepts import Concepts
+from concept_attention.core.maps import ConceptMaps
 from concept_attention.core.recording import Recording
 
 CONCEPTS = Concepts(("cat", "ball"), ("sky",))
@@ -31,3 +33,18 @@ def recording(
         image_size=(16 * grid[0], 16 * grid[1]),
         coverage=(1.0, 1.0),
     )
+
+
+def maps_of(values: Tensor, concepts: Concepts, image_size: tuple[int, int]) -> ConceptMaps:
+    """Maps with these values (B, K, h, w), as if made from a single evaluation of a single layer."""
+    recording = Recording(
+        concepts=concepts,
+        layers=(0,),
+        default_layers=(0,),
+        sigmas=(1.0,),
+        steps=(0,),
+        scores={"output": (values.log()[None],)},
+        image_size=image_size,
+        coverage=(1.0, 1.0),
+    )
+    return ConceptMaps(values, recording, "output", (0,), (0,), softmax=True, temperature=1.0)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.maps import ConceptMaps, concept_maps, heatmaps, upscale
+from concept_attention.core.maps import concept_maps, heatmaps, upscale
 from concept_attention.core.recording import parse_layers
-from recordings import recording
+from recordings import maps_of, recording
 
 
 def test_the_softmax_is_over_concepts_and_before_the_mean():
@@ -98,9 +98,7 @@ def test_a_padded_grid_is_cut_to_the_image():
 
 
 def test_concepts_are_found_whatever_their_case_and_spacing():
-    maps = ConceptMaps(
-        torch.zeros(1, 3, 1, 1), Concepts(("Hot air balloon", "cat"), ("sky",)), (8, 8), (1, 1)
-    )
+    maps = maps_of(torch.zeros(1, 3, 1, 1), Concepts(("Hot air balloon", "cat"), ("sky",)), (8, 8))
     assert maps.index(" hot  AIR balloon") == 0
     assert maps.index("sky") == 2
     with pytest.raises(ValueError, match='no concept "dog". The concepts are: Hot air balloon, cat, sky'):

@@ -6,6 +6,7 @@ import torch
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.maps import ConceptMaps
 from concept_attention.core.masks import METHODS, clean, concept_mask, otsu_threshold, region
+from recordings import maps_of
 
 
 def square(size=32, start=8, stop=16) -> torch.Tensor:
@@ -19,7 +20,7 @@ def two_concepts(batch=1) -> ConceptMaps:
     cat = 0.05 + 0.85 * square(8, 2, 4)
     dog = torch.full((8, 8), 0.02)
     values = torch.stack([cat, dog, 1 - cat - dog]).expand(batch, -1, -1, -1)
-    return ConceptMaps(values, Concepts(("cat", "dog"), ("sky",)), (128, 128), (1.0, 1.0))
+    return maps_of(values, Concepts(("cat", "dog"), ("sky",)), (128, 128))
 
 
 @pytest.mark.parametrize("method", METHODS)

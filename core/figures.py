@@ -1,0 +1,182 @@
+"""Concept maps as figures for a page: matplotlib figures, to be rendered or saved in any of its formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from .maps import ConceptMaps, concept_maps, upscale
+from .render import shortened, text_style
+
+# Lengths in inches, text in points.
+_GAP = 0.06
+_MARGIN = 0.1
+_TEXT, _TITLE, _TICKS = 8, 10, 7
+_LINE = 0.17
+_LINE_WIDTH = 0.5
+_PIXELS = 512  # longer side of a map in a figure
+
+
+class _Sheet:
+    """Panels of one size in rows and columns, with room for a title, labels and one colour bar.
+
+    Args:
+        panel: height and width.
+        left: room for row labels.
+        header, between: room above the first row and above each other row.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        panel: tuple[float, float],
+        *,
+        title: str,
+        header: float,
+        between: float,
+        left: float = 0.0,
+    ) -> None:
+        self._panel, self._between = panel, between
+        self._left = _MARGIN + left
+        self._top = _MARGIN + (1.3 * _LINE if title else 0) + header
+        self._height = rows * (panel[0] + between) - between
+        self._width = columns * (panel[1] + _GAP)
+        self._size = (self._left + self._width + 0.7, self._top + self._height + _MARGIN)
+        self.figure = Figure(self._size)
+        if title:
+            width, height = self._size
+            text = shortened(title, 72 * (width - 2 * _MARGIN), _TITLE)
+            position = (self._left + (self._width - _GAP) / 2) / width, 1 - _MARGIN / height
+            self.figure.text(*position, text, ha="center", va="top", **text_style(_TITLE))
+
+    def panel(self, row: int, column: int, picture: np.ndarray, above: str = "", **colours) -> Axes:
+        height, width = self._panel
+        top = self._top + row * (height + self._between)
+        axes = self._axes(self._left + column * (width + _GAP), top, height, width)
+        axes.imshow(picture, aspect="auto", **colours)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_linewidth(_LINE_WIDTH)
+        axes.set_title(above, pad=3, **text_style(_TEXT))
+        return axes
+
+    def fitted(self, text: str) -> str:
+        """The text, cut to the width of a panel."""
+        return shortened(text, 72 * self._panel[1], _TEXT)
+
+    def colour_bar(self, norm: Normalize, colour_map: str, label: str) -> None:
+        axes = self._axes(self._left + self._width, self._top, self._height, 0.09)
+        bar = self.figure.colorbar(ScalarMappable(norm, colour_map), cax=axes, ticks=MaxNLocator(5))
+        bar.outline.set_linewidth(_LINE_WIDTH)
+        bar.set_label(label, fontsize=_TICKS)
+        axes.tick_params(labelsize=_TICKS, width=_LINE_WIDTH, length=2)
+
+    def _axes(self, left: float, top: float, height: float, width: float) -> Axes:
+        whole_width, whole_height = self._size
+        bottom = whole_height - top - height
+        return self.figure.add_axes(
+            (left / whole_width, bottom / whole_height, width / whole_width, height / whole_height)
+        )
+
+
+def _fit(image_size: tuple[int, int], longest: float) -> tuple[float, float]:
+    """Height and width of a panel for such images."""
+    return tuple(longest * n / max(image_size) for n in image_size)
+
+
+def _planes(maps: ConceptMaps, values: Tensor) -> np.ndarray:
+    """Map values (N, h, w) at the resolution of a figure (N, H, W)."""
+    size = tuple(max(1, round(n)) for n in _fit(maps.image_size, min(_PIXELS, max(maps.image_size))))
+    return upscale(values[None], size, maps.coverage)[0].numpy()
+
+
+def _scale(maps: ConceptMaps, highest: float) -> tuple[Normalize, str]:
+    """One scale for all maps of a figure, and what it is a scale of."""
+    return Normalize(0, float(highest) or 1.0), "softmax" if maps.softmax else "scaled score"
+
+
+def concepts_figure(
+    maps: ConceptMaps,
+    index: int = 0,
+    image: Tensor | None = None,
+    *,
+    title: str = "",
+    colour_map: str = "magma",
+    columns: int = 6,
+) -> Figure:
+    """The concepts of image ``index`` side by side, on one scale from 0 to the highest value of any, with a
+    colour bar. ``image`` (H, W, 3) comes first if given. ``columns`` is the most panels in a row."""
+    names = maps.concepts.names
+    planes = _planes(maps, maps.values[index, : len(names)])
+    norm, measure = _scale(maps, planes.max())
+    panels = [] if image is None else [("image", image.cpu().float().numpy())]
+    panels += zip(names, planes, strict=True)
+    rows = -(-len(panels) // columns)
+    columns = -(-len(panels) // rows)
+    size = _fit(maps.image_size, 1.5)
+    sheet = _Sheet(rows, columns, size, title=title, header=1.2 * _LINE, between=1.5 * _LINE)
+    for position, (name, picture) in enumerate(panels):
+        sheet.panel(*divmod(position, columns), picture, sheet.fitted(name), norm=norm, cmap=colour_map)
+    sheet.colour_bar(norm, colour_map, measure)
+    return sheet.figure
+
+
+def layers_figure(
+    maps: ConceptMaps,
+    name: str,
+    index: int = 0,
+    *,
+    layers: Sequence[int] | None = None,
+    columns: int = 6,
+    title: str = "",
+    colour_map: str = "magma",
+) -> Figure:
+    """The maps of one concept in image ``index`` by layer (rows) and step (columns), all on one scale (the
+    paper's figures 6 and 7). Each is made as ``maps`` were, but from that layer and step alone.
+
+    Args:
+        layers: all that were recorded by default.
+        columns: at most as many of the steps that ``maps`` were made from, evenly spaced.
+        title: the concept's name by default.
+
+    Raises:
+        ValueError: there is no such concept, or a layer was not recorded.
+    """
+    concept = maps.index(name)
+    recording = maps.recording
+    layers = recording.layers if layers is None else layers
+    spaced = torch.linspace(0, len(maps.steps) - 1, min(columns, len(maps.steps))).round().int().tolist()
+    steps = [maps.steps[i] for i in spaced]
+
+    def plane(layer: int, step: int) -> Tensor:
+        choice = {"space": maps.space, "softmax": maps.softmax, "temperature": maps.temperature}
+        return concept_maps(recording, layers=[layer], steps=[step], **choice).values[index, concept]
+
+    grid = [_planes(maps, torch.stack([plane(layer, step) for step in steps])) for layer in layers]
+    norm, measure = _scale(maps, max(row.max() for row in grid))
+    sheet = _Sheet(
+        len(layers),
+        len(steps),
+        _fit(maps.image_size, 0.8),
+        title=title or maps.concepts.all[concept],
+        header=2 * _LINE,
+        between=_GAP,
+        left=0.55,
+    )
+    for row, layer in enumerate(layers):
+        for column, step in enumerate(steps):
+            sigma = recording.sigmas[recording.steps.index(step)]
+            above = f"step {step}\nσ {sigma:.3g}" if row == 0 else ""
+            axes = sheet.panel(row, column, grid[row][column], above, norm=norm, cmap=colour_map)
+            if column == 0:
+                axes.set_ylabel(f"layer {layer}", rotation="horizontal", ha="right", va="center", size=_TEXT)
+    sheet.colour_bar(norm, colour_map, measure)
+    return sheet.figure

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..core.concepts import split_names
+from ..core.figures import concepts_figure, layers_figure
+from ..core.recording import parse_layers
+from ..core.render import COLOUR_MAPS, figure_image, images_of
+from .types import CATEGORY, ConceptMapsType
+
+
+class ConceptFigure(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptFigure",
+            display_name="Concept Figure",
+            category=CATEGORY,
+            description=(
+                "Makes a figure for a page: concepts side by side, or one concept by layer and step, with a "
+                "colour bar. Saved as PNG to the output folder, on request also as SVG or PDF."
+            ),
+            search_aliases=["plot", "matplotlib", "publication figure", "layers", "timesteps", "colour bar"],
+            inputs=[
+                ConceptMapsType.Input("maps"),
+                io.Image.Input(
+                    "image", optional=True, tooltip="Shown first beside the concepts, if connected."
+                ),
+                io.DynamicCombo.Input(
+                    "layout",
+                    options=[
+                        io.DynamicCombo.Option("concepts", []),
+                        io.DynamicCombo.Option(
+                            "layers and steps",
+                            [
+                                io.String.Input(
+                                    "concept",
+                                    default="",
+                                    dynamic_prompts=False,
+                                    tooltip="Names, separated by commas. Empty: all. A figure for each.",
+                                ),
+                                io.String.Input(
+                                    "layers",
+                                    default="all",
+                                    tooltip='Rows: "all", "default", or numbers as in "0, 15-18".',
+                                ),
+                                io.Int.Input(
+                                    "steps",
+                                    default=6,
+                                    min=1,
+                                    max=100,
+                                    tooltip="Columns: so many of the maps' steps, evenly spaced.",
+                                ),
+                            ],
+                        ),
+                    ],
+                ),
+                io.String.Input("title", default="", dynamic_prompts=False),
+                io.Combo.Input("colour_map", options=list(COLOUR_MAPS)),
+                io.Int.Input("dpi", default=200, min=50, max=1200),
+                io.Combo.Input(
+                    "vector",
+                    options=["none", "svg", "pdf"],
+                    tooltip="Also save the figure in this format, beside the PNG.",
+                ),
+                io.String.Input("filename_prefix", default="figures/concepts"),
+            ],
+            outputs=[io.Image.Output(tooltip="One figure for each image, and for each concept if asked.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        maps: ConceptMapsType.Type,
+        layout: dict,
+        title: str,
+        colour_map: str,
+        dpi: int,
+        vector: str,
+        filename_prefix: str,
+        image: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        style = {"title": title, "colour_map": colour_map}
+        batch = range(len(maps.values))
+        if layout["layout"] == "concepts":
+            images = [None] * len(batch) if image is None else images_of(maps, image)
+            figures = [concepts_figure(maps, i, images[i], **style) for i in batch]
+        else:
+            recording = maps.recording
+            layers = parse_layers(
+                layout["layers"], available=recording.layers, default=recording.default_layers
+            )
+            figures = [
+                layers_figure(maps, name, i, layers=layers, columns=layout["steps"], **style)
+                for i in batch
+                for name in split_names(layout["concept"]) or maps.concepts.names
+            ]
+        pictures = torch.stack([figure_image(figure, dpi) for figure in figures])
+        saved = ui.ImageSaveHelper.get_save_images_ui(pictures, filename_prefix, cls)
+        if vector != "none":
+            for figure, png in zip(figures, saved.results, strict=True):
+                folder = Path(folder_paths.get_output_directory(), png["subfolder"])
+                figure.savefig((folder / png["filename"]).with_suffix(f".{vector}"), dpi=dpi)
+        return io.NodeOutput(pictures, ui=saved)

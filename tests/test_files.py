@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import folder_paths
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from concept_attention.core.concepts import Concepts
+from concept_attention.core.files import SUFFIX, load_maps, save_maps
+from concept_attention.core.maps import ConceptMaps, concept_maps
+from concept_attention.nodes.concept_files import ConceptMapsLoad, ConceptMapsSave
+from concept_attention.nodes.concept_saliency import ConceptSaliency
+from recordings import recording
+
+ODD = Concepts(('$x_1$ "q"', "<b>&", "고양이 🐱"), ("sky",))
+
+
+def made(**choice) -> ConceptMaps:
+    made_of = recording(batch=2, concepts=ODD)
+    made_of.scores["value"] = tuple(-s for s in made_of.scores["output"])
+    return concept_maps(made_of, **choice)
+
+
+def test_maps_come_back_equal_to_the_last_bit(tmp_path):
+    maps = made(space="value", layers=[1, 4], steps=[0, 2], temperature=0.3)
+    save_maps(maps, tmp_path / "maps")
+    loaded = load_maps(tmp_path / "maps")
+    assert torch.equal(loaded.values, maps.values)
+    for field in fields(maps):
+        if field.name not in ("values", "recording"):
+            assert getattr(loaded, field.name) == getattr(maps, field.name), field.name
+
+
+def test_the_whole_recording_comes_back(tmp_path):
+    maps = made()
+    save_maps(maps, tmp_path / "maps")
+    loaded = load_maps(tmp_path / "maps").recording
+    for field in fields(loaded):
+        if field.name != "scores":
+            assert getattr(loaded, field.name) == getattr(maps.recording, field.name), field.name
+    assert list(loaded.scores) == list(maps.recording.scores)
+    for space, scores in maps.recording.scores.items():
+        assert all(torch.equal(a, b) for a, b in zip(loaded.scores[space], scores, strict=True))
+
+
+def test_other_maps_can_be_made_from_a_file(tmp_path):
+    maps = made()
+    save_maps(maps, tmp_path / "maps")
+    choice = {"layers": [0], "steps": [1], "softmax": False}
+    again = concept_maps(load_maps(tmp_path / "maps").recording, **choice)
+    assert torch.equal(again.values, concept_maps(maps.recording, **choice).values)
+
+
+def test_anyone_can_read_the_file(tmp_path):
+    save_maps(made(), tmp_path / "maps", {"workflow": "{}"})
+    with safe_open(tmp_path / "maps", "pt") as file:
+        assert file.get_slice("maps").get_shape() == [2, 4, 4, 6]
+        assert file.get_slice("scores.output").get_shape() == [3, 6, 2, 4, 4, 6]
+        described = json.loads(file.metadata()["concept_maps"])
+        assert file.metadata()["workflow"] == "{}"
+    assert tuple(described["concepts"]) == ODD.names
+    assert described["recorded"]["layers"] == [0, 1, 2, 3, 4, 5]
+    assert described["recorded"]["sigmas"] == pytest.approx([1, 2 / 3, 1 / 3])
+
+
+def rewritten(path: Path, change) -> Path:
+    """The file with its description or tensors changed."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("maps", "scores.output", "scores.value")}
+        described = json.loads(file.metadata()["concept_maps"])
+    change(tensors, described)
+    save_file(tensors, path, metadata={"concept_maps": json.dumps(described)})
+    return path
+
+
+BROKEN = {
+    "a layer is missing": lambda tensors, d: d["recorded"]["layers"].pop(),
+    "a sigma is missing": lambda tensors, d: d["recorded"]["sigmas"].pop(),
+    "a step is missing": lambda tensors, d: d["recorded"]["steps"].pop(),
+    "a concept is missing": lambda tensors, d: d["concepts"].pop(),
+    "the scores are missing": lambda tensors, d: tensors.pop("scores.value"),
+    "the maps are missing": lambda tensors, d: tensors.pop("maps"),
+    "the maps are of other images": lambda tensors, d: tensors.update(maps=tensors["maps"][:1].clone()),
+    "the maps are no batch": lambda tensors, d: tensors.update(maps=tensors["maps"][0].clone()),
+    "the layers are missing": lambda tensors, d: d["recorded"].pop("layers"),
+    "the size is no size": lambda tensors, d: d.update(image_size=None),
+    "there are no evaluations": lambda tensors, d: [
+        tensors.update({s: tensors[s][:0].clone()}) for s in ("scores.output", "scores.value")
+    ],
+}
+
+
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+def test_a_file_that_does_not_fit_together_is_an_error_that_names_it(tmp_path, change):
+    path = tmp_path / "mine.safetensors"
+    save_maps(made(), path)
+    with pytest.raises(ValueError, match=r'"mine\.safetensors"'):
+        load_maps(rewritten(path, change))
+
+
+def test_a_file_of_a_later_format_is_an_error_that_says_so(tmp_path):
+    path = tmp_path / "maps"
+    save_maps(made(), path)
+    with pytest.raises(ValueError, match="version 7, this is version 1"):
+        load_maps(rewritten(path, lambda tensors, d: d.update(version=7)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_an_error(tmp_path, share):
+    save_maps(made(), tmp_path / "maps")
+    whole = (tmp_path / "maps").read_bytes()
+    (tmp_path / "maps").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match='"maps" is no safetensors file, or is damaged'):
+        load_maps(tmp_path / "maps")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"concept_maps": "{"}, {"concept_maps": "[]"}])
+def test_a_model_or_a_lora_is_an_error_that_says_what_to_choose(tmp_path, metadata):
+    save_file({"lora.weight": torch.zeros(2)}, tmp_path / "lora.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=r'"lora\.safetensors".*Save Concept Maps'):
+        load_maps(tmp_path / "lora.safetensors")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    for kind in ("input", "output"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
+    return tmp_path
+
+
+def choices() -> list[str]:
+    return ConceptMapsLoad.define_schema().inputs[0].options
+
+
+def test_what_save_wrote_can_be_chosen_and_loaded(folders):
+    maps = made()
+    for count in (1, 2):
+        result = ConceptMapsSave.execute(maps, "run/cat")
+        assert result.ui["files"][0]["filename"] == f"cat_0000{count}_{SUFFIX}"
+    (folders / "input" / "lora.safetensors").touch()
+    (folders / "output" / f"run/cat_00002_{SUFFIX}").rename(folders / "input" / f"sent{SUFFIX}")
+    assert choices() == [f"sent{SUFFIX}", f"run/cat_00001_{SUFFIX} [output]"]
+    for file in choices():
+        (loaded,) = ConceptMapsLoad.execute(file).args
+        assert torch.equal(loaded.values, maps.values)
+
+
+def test_a_file_that_was_written_again_is_loaded_again(folders):
+    ConceptMapsSave.execute(made(), "cat")
+    (file,) = choices()
+    before = ConceptMapsLoad.fingerprint_inputs(file)
+    assert ConceptMapsLoad.fingerprint_inputs(file) == before
+    (path,) = (folders / "output").iterdir()
+    path.write_bytes(path.read_bytes())
+    assert ConceptMapsLoad.fingerprint_inputs(file) != before
+
+
+def test_the_workflow_is_saved_with_the_maps(folders, monkeypatch):
+    hidden = SimpleNamespace(prompt={"1": {}}, extra_pnginfo={"workflow": {"nodes": []}})
+    monkeypatch.setattr(ConceptMapsSave, "hidden", hidden)
+    ConceptMapsSave.execute(made(), "cat")
+    (path,) = (folders / "output").iterdir()
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["prompt"]) == hidden.prompt
+        assert json.loads(file.metadata()["workflow"]) == hidden.extra_pnginfo["workflow"]
+
+
+def test_concept_saliency_makes_other_maps_from_loaded_ones(folders):
+    ConceptMapsSave.execute(made(), "cat")
+    (loaded,) = ConceptMapsLoad.execute(choices()[0]).args
+    settings = {"space": "value", "start_step": 1, "end_step": 3, "softmax": True, "temperature": 1.0}
+    maps, masks, _ = ConceptSaliency.execute(loaded, layers="0, 2", **settings).args
+    assert torch.equal(maps.values, made(space="value", layers=[0, 2], steps=[1, 2]).values)
+    assert masks.shape == (6, 64, 96)

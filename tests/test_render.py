@@ -1,0 +1,425 @@
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from xml.dom import minidom
+
+import folder_paths
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+from concept_attention.core.concepts import Concepts
+from concept_attention.core.figures import concepts_figure, layers_figure
+from concept_attention.core.maps import concept_maps
+from concept_attention.core.masks import segment
+from concept_attention.core.palette import difference, hex_colours, palette, seen
+from concept_attention.core.render import (
+    COLOUR_MAPS,
+    colourise,
+    figure_image,
+    images_of,
+    overlay_images,
+    segmentation_images,
+    shortened,
+    text_width,
+)
+from concept_attention.nodes.concept_figure import ConceptFigure
+from concept_attention.nodes.concept_overlay import ConceptOverlay
+from concept_attention.nodes.concept_segmentation import ConceptSegmentation
+from recordings import maps_of, recording
+
+HOSTILE = (
+    "$x_1$",
+    "$\\frac{",
+    "<b>&\"'</b>",
+    "-->",
+    "%s {0} \\n",
+    "고양이",
+    "🐱 e\u0301",
+    "قطة",
+    "\x01\x7f \ud83d",
+    "a very long name".replace(" ", "_") * 40,
+)
+
+
+def scene(batch: int = 1):
+    """A cat in the left half, a ball in a corner of the right one, sky elsewhere; no dragon. 8 x 16 patches,
+    128 x 256 pixels. The further down the batch, the fainter the cat."""
+    values = torch.full((batch, 4, 8, 16), 0.01)
+    for image in range(batch):
+        values[image, 0, :, :8] = 0.9 - 0.1 * image
+    values[:, 1, 4:, 12:] = 0.7
+    values[:, 3] = 0.3
+    return maps_of(values, Concepts(("cat", "ball", "dragon"), ("sky",)), (128, 256))
+
+
+def photo(batch: int = 1, height: int = 128, width: int = 256) -> torch.Tensor:
+    return torch.rand(batch, height, width, 3, generator=torch.Generator().manual_seed(0))
+
+
+def bare(maps, images, names, **options):
+    """An overlay of colours only."""
+    return overlay_images(maps, images, names, **{"opacity": 1.0, "label": False} | options)
+
+
+LOWEST, HIGHEST = colourise(torch.tensor([0.0, 1.0]))
+
+
+def test_an_absent_concept_looks_absent_in_an_overlay():
+    cat, dragon = bare(scene(), photo(), ["cat", "dragon"])[0]
+    assert torch.allclose(cat[64, 32], HIGHEST)
+    assert (dragon - LOWEST).abs().max() < 0.05
+
+
+def test_on_a_scale_of_its_own_a_concept_reaches_the_brightest_colour():
+    maps = scene()
+    ball = bare(maps, photo(), ["ball"])[0, 0]
+    alone = bare(maps, photo(), ["ball"], shared_scale=False)[0, 0]
+    assert not torch.allclose(ball[-1, -1], HIGHEST, atol=0.02)
+    assert torch.allclose(alone[-1, -1], HIGHEST)
+
+
+def test_the_scale_is_that_of_all_concepts_even_when_few_are_shown():
+    together = bare(scene(), photo(), ["cat", "ball"])[0, 1]
+    assert torch.equal(bare(scene(), photo(), ["ball"])[0, 0], together)
+
+
+def test_an_overlay_without_opacity_contour_and_name_is_the_image():
+    picture = bare(scene(), photo(), ["cat"], opacity=0.0)
+    assert torch.equal(picture[0, 0], photo()[0])
+
+
+def test_opacity_mixes_image_and_colours():
+    clear, half, full = (bare(scene(), photo(), ["cat"], opacity=o) for o in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(half, (clear + full) / 2)
+
+
+def test_a_contour_runs_where_the_map_crosses_its_level():
+    plain, outlined = (bare(scene(), photo(), ["cat"], contour=c)[0, 0] for c in (0.0, 0.5))
+    changed = (plain - outlined).abs().amax(-1) > 0.01
+    columns = changed.any(0).nonzero().flatten()
+    assert changed[1:-1].any(1).all()  # a line from top to bottom
+    assert columns.min() >= 120
+    assert columns.max() <= 136
+
+
+def test_a_concept_that_does_not_reach_the_level_has_no_contour():
+    plain, outlined = (bare(scene(), photo(), ["dragon"], contour=c) for c in (0.0, 0.5))
+    assert torch.equal(plain, outlined)
+
+
+def test_a_name_is_written_into_its_corner_only():
+    plain, named = (bare(scene(), photo(), ["cat"], label=x)[0, 0] for x in (False, True))
+    rows, columns = (plain != named).any(-1).nonzero().T
+    assert rows.max() < 40
+    assert 5 < columns.max() < 80
+
+
+def test_a_name_is_written_as_it_is_spelled():
+    assert text_width("$x$", 20) > text_width("x", 20) + text_width("$", 20)
+    assert text_width("a_b^c", 20) > text_width("abc", 20)
+
+
+def test_control_characters_are_not_drawn():
+    assert shortened("a\x00\x1b\ud83db", 60, 12) == "ab"
+
+
+def test_a_long_name_is_cut_to_fit():
+    short = shortened("a very long name", 60, 12)
+    assert short.endswith("…")
+    assert text_width(short, 12) <= 60
+    assert shortened("cat", 60, 12) == "cat"
+    assert text_width(shortened("x" * 100_000, 60, 12), 12) <= 60
+
+
+def test_overlays_go_image_by_image_with_concepts_in_the_order_asked_for():
+    maps, images = scene(2), photo(2)
+    both = overlay_images(maps, images, ["ball", "cat"])
+    assert both.shape == (2, 2, 128, 256, 3)
+    second = scene(2)
+    second = maps_of(second.values[1:], second.concepts, second.image_size)
+    assert torch.equal(both[1, 1], overlay_images(second, images[1:], ["cat"])[0, 0])
+
+
+def test_one_image_goes_with_all_maps_and_one_map_with_all_images():
+    one, many = photo(1), photo(3)
+    assert torch.equal(bare(scene(3), one, ["cat"])[2], bare(scene(3), one.expand(3, -1, -1, -1), ["cat"])[2])
+    frames = bare(scene(1), many, ["cat"], opacity=0.4)
+    for frame, image in zip(frames, many, strict=True):
+        assert torch.equal(frame, bare(scene(1), image[None], ["cat"], opacity=0.4)[0])
+
+
+def test_other_numbers_of_images_and_maps_are_an_error_that_gives_both():
+    with pytest.raises(ValueError, match="2 images, but concept maps of 3"):
+        images_of(scene(3), photo(2))
+
+
+def test_an_image_of_another_shape_is_an_error_that_gives_both_sizes():
+    with pytest.raises(ValueError, match=r"256 x 256 pixels.* 256 x 128"):
+        images_of(scene(), photo(1, 256, 256))
+
+
+def test_an_image_of_another_scale_keeps_its_size():
+    assert bare(scene(), photo(1, 250, 515), ["cat"]).shape == (1, 1, 250, 515, 3)
+    assert segmentation_images(segment(scene(), (250, 515)), ["cat"], photo(1, 250, 515)).shape[1] == 250
+
+
+def test_the_alpha_channel_and_half_precision_of_images_are_left_behind():
+    image = torch.cat([photo(), torch.zeros(1, 128, 256, 1)], -1).half()
+    assert images_of(scene(), image).dtype == torch.float32
+    assert images_of(scene(), image).shape == (1, 128, 256, 3)
+
+
+def test_the_inputs_are_not_changed():
+    maps, images = scene(2), photo(2)
+    before = maps.values.clone(), images.clone()
+    overlay_images(maps, images, ["cat"], contour=0.5)
+    segmentation_images(segment(maps), maps.concepts.names, images)
+    concepts_figure(maps, 0, images[0])
+    assert torch.equal(maps.values, before[0])
+    assert torch.equal(images, before[1])
+
+
+@pytest.mark.parametrize("name", COLOUR_MAPS)
+def test_colour_maps_get_lighter_evenly(name):
+    lightness = seen(colourise(torch.linspace(0, 1, 256), name).numpy().astype(float))[0, :, 0]
+    steps = np.diff(lightness[::8])
+    assert steps.min() > 0
+    assert steps.max() < 4 * np.median(steps)
+
+
+@pytest.mark.parametrize("count,apart", [(7, 0.07), (16, 0.07), (32, 0.05), (128, 0.015)])
+def test_colours_of_concepts_are_apart_to_colour_blind_eyes_too(count, apart):
+    colours = palette(count)
+    apart_by = difference(colours, colours)[~np.eye(count, dtype=bool)]
+    assert apart_by.min() > apart
+
+
+def test_more_concepts_leave_the_colours_of_the_first_as_they_are():
+    assert np.array_equal(palette(128)[:5], palette(5))
+    assert hex_colours(2) == ["#e69f00", "#56b4e9"]
+
+
+def test_colours_of_concepts_stand_out_from_black_and_from_white():
+    ends = np.array([[0, 0, 0], [1, 1, 1]])
+    assert difference(palette(128), ends).min() > 0.1
+
+
+def test_a_pixel_belongs_to_the_highest_map_background_included():
+    labels = segment(scene())[0]
+    assert labels[64, 10] == 0
+    assert labels[-1, -1] == 1
+    assert labels[0, -1] == 3
+    assert set(labels.unique().tolist()) == {0, 1, 3}
+
+
+def test_below_the_floor_a_pixel_belongs_to_none():
+    labels = segment(scene(), floor=0.8)[0]
+    assert labels[64, 10] == 0
+    assert set(labels.unique().tolist()) == {-1, 0}
+    assert (segment(scene(), floor=1.0) == -1).all()
+    assert (segment(scene(), floor=0.0) >= 0).all()
+
+
+def test_alone_regions_have_exactly_the_colours_of_the_palette():
+    maps = scene()
+    picture = segmentation_images(segment(maps), maps.concepts.names, legend=False)[0]
+    colours = torch.from_numpy(palette(3)).float()
+    assert torch.equal(picture[64, 10], colours[0])
+    assert torch.equal(picture[-1, -1], colours[1])
+    assert not picture[0, -1].any()  # sky
+
+
+def test_over_an_image_background_and_unassigned_pixels_are_left_clear():
+    maps, image = scene(), photo()
+    labels = segment(maps, floor=0.8)
+    picture = segmentation_images(labels, maps.concepts.names, image, legend=False)
+    clear = labels < 0
+    assert torch.equal(picture[clear], image[clear])
+    assert not torch.isclose(picture[~clear], image[~clear]).all(-1).any()
+
+
+def test_the_legend_says_how_much_of_the_image_each_concept_takes():
+    maps = scene(2)
+    labels = segment(maps)
+    plain, listed = (segmentation_images(labels, maps.concepts.names, legend=x) for x in (False, True))
+    assert torch.equal(listed[:, :, :256], plain)
+    labels[1, :, :128] = 1
+    other = segmentation_images(labels, maps.concepts.names)
+    assert torch.equal(other[0], listed[0])
+    assert not torch.equal(other[1, :, 256:], listed[1, :, 256:])
+
+
+@pytest.mark.parametrize("height", [64, 1024])
+@pytest.mark.parametrize("count", [1, 20, 127])
+def test_a_legend_lists_any_number_of_concepts_beside_an_image_of_any_size(height, count):
+    labels = torch.zeros(1, height, 16, dtype=torch.long)
+    picture = segmentation_images(labels, [f"concept {i}" for i in range(count)])
+    legend = picture[0, :, 16:]
+    colours = torch.from_numpy(palette(count)).float()
+    swatches = (legend[:, :, None] - colours[[0, -1]]).abs().amax(-1) < 0.01
+    assert swatches.any(0).any(0).all()
+    edges = torch.cat([legend[[0, -1]].flatten(), legend[:, [0, -1]].flatten()])
+    assert (edges == 1).all()
+
+
+def test_names_of_any_kind_are_drawn_in_every_picture_and_format(tmp_path):
+    concepts = Concepts(HOSTILE)
+    maps = concept_maps(recording(concepts=concepts))
+    overlay_images(maps, photo(1, 64, 96), HOSTILE)
+    segmentation_images(segment(maps), HOSTILE, photo(1, 64, 96))
+    figures = [concepts_figure(maps, title=HOSTILE[2])]
+    figures += [layers_figure(maps, name, layers=[0], columns=1) for name in HOSTILE[:2]]
+    for figure in figures:
+        assert figure_image(figure, 50).isfinite().all()
+        for kind in ("svg", "pdf"):
+            figure.savefig(tmp_path / f"figure.{kind}")
+        minidom.parse(str(tmp_path / "figure.svg"))
+
+
+def panels(figure):
+    """The axes of a figure that show pictures, its colour bar left out."""
+    return [axes for axes in figure.axes if axes.images]
+
+
+def test_a_figure_shows_the_concepts_in_order_beside_the_image():
+    figure = concepts_figure(scene(), 0, photo()[0])
+    assert [axes.get_title() for axes in panels(figure)] == ["image", "cat", "ball", "dragon"]
+    alone = concepts_figure(scene())
+    assert [axes.get_title() for axes in panels(alone)] == ["cat", "ball", "dragon"]
+
+
+def test_all_panels_of_a_figure_share_the_scale_of_its_colour_bar():
+    maps = scene()
+    figure = concepts_figure(maps)
+    (bar,) = (axes for axes in figure.axes if axes not in panels(figure))
+    assert bar.get_ylim() == pytest.approx((0, 0.9))
+    for axes in panels(figure):
+        assert axes.images[0].get_clim() == pytest.approx((0, 0.9))
+    assert bar.get_ylabel() == "softmax"
+
+
+def test_layers_are_rows_and_evenly_spaced_steps_are_columns():
+    maps = concept_maps(recording(evaluations=9), steps=range(1, 8))
+    figure = layers_figure(maps, "ball", layers=[0, 2, 5], columns=3)
+    shown = panels(figure)
+    assert len(shown) == 9
+    assert [axes.get_title() for axes in shown[:3]] == [
+        "step 1\nσ 0.889",
+        "step 4\nσ 0.556",
+        "step 7\nσ 0.222",
+    ]
+    assert [axes.get_ylabel() for axes in shown[::3]] == ["layer 0", "layer 2", "layer 5"]
+
+
+def test_each_panel_is_the_map_of_its_layer_and_step_alone():
+    recorded = recording(batch=2, evaluations=2)
+    maps = concept_maps(recorded, temperature=2.0)
+    shown = panels(layers_figure(maps, "ball", 1, layers=[3, 4]))
+    expected = concept_maps(recorded, layers=[4], steps=[0], temperature=2.0).at_size(64, 96)[1, 1]
+    np.testing.assert_allclose(shown[2].images[0].get_array(), expected.numpy(), rtol=1e-5)
+
+
+def test_figures_of_raw_scores_say_so():
+    maps = concept_maps(recording(), softmax=False)
+    assert layers_figure(maps, "cat", layers=[0], columns=1).axes[-1].get_ylabel() == "scaled score"
+
+
+def test_pictures_made_in_threads_are_those_made_one_by_one():
+    maps = concept_maps(recording(concepts=Concepts(("cat", "고양이"), ("sky",))))
+
+    def pictures(seed: int) -> list[torch.Tensor]:
+        image = torch.full((1, 64, 96, 3), seed / 8)
+        return [
+            overlay_images(maps, image, maps.concepts.names, contour=0.5),
+            segmentation_images(segment(maps), maps.concepts.names, image),
+            figure_image(concepts_figure(maps, 0, image[0], title=str(seed)), 60),
+        ]
+
+    alone = [pictures(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(torch.inference_mode()(pictures), range(3)))
+    for a, b in zip(alone, together, strict=True):
+        assert all(map(torch.equal, a, b))
+
+
+def test_no_figure_is_left_in_pyplot():
+    import matplotlib._pylab_helpers as pylab
+
+    before = dict(matplotlib.rcParams)
+    figure_image(concepts_figure(scene()), 60)
+    overlay_images(scene(), photo(), ["cat"], contour=0.5)
+    assert not pylab.Gcf.figs
+    assert dict(matplotlib.rcParams) == before
+
+
+def node(cls, maps, image=None, **changes):
+    settings = {
+        ConceptSegmentation: {"unassigned_below": 0.0, "opacity": 0.6, "legend": False},
+        ConceptOverlay: {
+            "concept": "",
+            "colour_map": "viridis",
+            "opacity": 0.6,
+            "scale": "all concepts",
+            "contour": 0.5,
+            "name": True,
+        },
+    }[cls]
+    return cls.execute(maps, **settings | changes, image=image).args
+
+
+def test_concept_segmentation_gives_masks_of_the_concepts_that_part_the_picture(caplog):
+    maps = scene(2)
+    with caplog.at_level(logging.WARNING):
+        pictures, masks = node(ConceptSegmentation, maps, photo(2))
+    assert pictures.shape == (2, 128, 256, 3)
+    assert masks.shape == (6, 128, 256)
+    assert masks.dtype == torch.float32
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(masks.view(2, 3, 128, 256).sum(1), (segment(maps) < 3).float())
+    assert not masks[2::3].any()
+    assert caplog.messages == ['Concept Segmentation found no "dragon": its masks are empty.']
+
+
+def test_concept_segmentation_has_a_picture_and_masks_for_every_frame():
+    pictures, masks = node(ConceptSegmentation, scene(1), photo(3))
+    assert len(pictures) == 3
+    assert len(masks) == 9
+    assert torch.equal(masks[:3], masks[6:])
+
+
+def test_concept_overlay_shows_all_concepts_or_those_named():
+    assert node(ConceptOverlay, scene(2), photo(2))[0].shape == (6, 128, 256, 3)
+    assert node(ConceptOverlay, scene(2), photo(2), concept="Ball, sky")[0].shape == (4, 128, 256, 3)
+    with pytest.raises(ValueError, match='no concept "horse"'):
+        node(ConceptOverlay, scene(), photo(), concept="cat, horse")
+
+
+def figure_node(maps, layout, tmp_path, monkeypatch, image=None, vector="none"):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    settings = {"title": "A title", "colour_map": "magma", "filename_prefix": "figures/run"}
+    return ConceptFigure.execute(maps, layout, **settings, dpi=60, vector=vector, image=image)
+
+
+@pytest.mark.parametrize("vector", ["svg", "pdf"])
+def test_concept_figure_saves_a_png_for_each_image_and_the_vectors_beside(tmp_path, monkeypatch, vector):
+    layout = {"layout": "concepts"}
+    result = figure_node(scene(2), layout, tmp_path, monkeypatch, photo(2), vector)
+    assert len(result.args[0]) == 2
+    assert [(r["filename"], r["subfolder"]) for r in result.ui.results] == [
+        ("run_00001_.png", "figures"),
+        ("run_00002_.png", "figures"),
+    ]
+    written = sorted(path.name for path in Path(tmp_path, "figures").iterdir())
+    assert written == sorted(f"run_0000{i}_.{kind}" for i in (1, 2) for kind in ("png", vector))
+
+
+def test_concept_figure_makes_a_grid_for_each_image_and_concept(tmp_path, monkeypatch):
+    layout = {"layout": "layers and steps", "concept": "", "layers": "0, 2-3", "steps": 2}
+    result = figure_node(concept_maps(recording(batch=2)), layout, tmp_path, monkeypatch)
+    assert len(result.args[0]) == 4
+    with pytest.raises(ValueError, match="only: 0-5"):
+        figure_node(concept_maps(recording()), {**layout, "layers": "9"}, tmp_path, monkeypatch)
