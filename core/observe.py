@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .architectures import family_of
 from .concepts import Concepts
-from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, remember
+from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, remember, unrecorded
 from .stream import SPACES, ConceptStream
 
 if TYPE_CHECKING:
@@ -106,26 +106,21 @@ class _Observer:
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider: CFGGuider = executor.class_obj
-        recorder = self._recorder(guider, noise, sigmas)
-        self._runs[guider] = recorder
+        try:
+            self._runs[guider] = self._recorder(guider, noise, sigmas)
+        except Exception as error:
+            recording = _reason(error)
         try:
             samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            del self._runs[guider]
+            recorder = self._runs.pop(guider, None)
         # Samplers move the result here next. Moved already, it stays the tensor that the LATENT holds.
         samples = samples.to(comfy.model_management.intermediate_device())
-        try:
-            recording = recorder.finish()
-        except RecordingError as error:
-            recording = str(error)
-            logging.warning("%s", recording)
-        if recorder.thinned:
-            logging.warning(
-                "Concept Attention: recording every layer of this run would take more than %d MB; "
-                "kept the default layers %s only.",
-                self._budget // 2**20,
-                list(recorder.layers),
-            )
+        if recorder is not None:
+            try:
+                recording = recorder.finish()
+            except Exception as error:
+                recording = _reason(error)
         remember(samples, recording)
         return samples
 
@@ -205,6 +200,16 @@ class _Observer:
         return out
 
 
+def _reason(error: Exception) -> str:
+    """What the user is told when maps are asked for. The image is never lost to a failure to record, and
+    the exception is not kept, since its traceback would keep the run's tensors."""
+    if isinstance(error, RecordingError):
+        logging.warning("%s", error)
+        return str(error)
+    logging.warning("Concept Attention stops recording this run.", exc_info=error)
+    return unrecorded(f"{type(error).__name__}: {error}")
+
+
 class _Chunk(NamedTuple):
     """One positive conditioning in a call of the model: its rows, the images that they are, and the area
     (height, width, y, x) of the latent that the call was cut down to."""
@@ -215,10 +220,16 @@ class _Chunk(NamedTuple):
 
 
 class _ConditioningChunks:
-    """Which chunks of a call of the model are the guider's positive conditionings."""
+    """Which chunks of a call of the model are the guider's positive conditionings.
+
+    A chunk has the id of its conditioning, and its place in the guider's list: positive, negative; of
+    DualCFGGuider negative, middle, positive. Ids are not always unique: conditionings that ComfyUI makes to
+    match a positive's area get the positive's id.
+    """
 
     def __init__(self, guider: CFGGuider) -> None:
         self._areas = {c.get("uuid"): c.get("area") for c in guider.conds.get("positive") or []}
+        self._place = 2 if "middle" in guider.conds else 0
         self._others = {
             c.get("uuid") for name, conds in guider.conds.items() if name != "positive" for c in conds or []
         }
@@ -231,6 +242,8 @@ class _ConditioningChunks:
         batch: slice | list[int] = slice(0, size)
         if window is not None and getattr(window, "dim", None) == 0:
             batch = list(window.index_list)
+            if (anchor := getattr(window, "causal_anchor_index", None)) is not None:
+                batch.insert(0, anchor)  # an image from before the window that ComfyUI puts in front
         elif size != evaluation.recorder.batch:
             raise RuntimeError(
                 f"the model was called with {size} images, the latent has {evaluation.recorder.batch}"
@@ -239,8 +252,8 @@ class _ConditioningChunks:
         for i, (kind, uuid) in enumerate(zip(kinds, uuids, strict=True)):
             if uuid in self._areas and uuid not in self._others:
                 positive = True
-            else:  # a negative made to match a positive's area shares its uuid
-                positive = kind == 0 and (uuid is None or uuid in self._areas)
+            else:
+                positive = kind == self._place and (uuid is None or uuid in self._areas)
             # The same conditioning twice in one evaluation is a pass that a guidance method added.
             if not positive or (window is None and uuid is not None and uuid in evaluation.seen):
                 continue
