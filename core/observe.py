@@ -279,6 +279,8 @@ class _Hooks:
         """Sampling is never lost to a failure here. It is raised when maps are asked for."""
         try:
             yield
+        except comfy.model_management.InterruptProcessingException:
+            raise  # ComfyUI's layers raise it when the user cancels
         except Exception as error:
             logging.warning("Concept Attention stops recording this run.", exc_info=True)
             self._evaluation.recorder.fail(f"{type(error).__name__}: {error}")
