@@ -116,7 +116,7 @@ def test_every_node_has_the_category_a_description_and_tooltips(definitions):
         assert definition["category"] == "Concept Attention"
         assert definition["description"]
         inputs = [spec for section in definition["input"].values() for spec in section.values()]
-        assert any("tooltip" in options for _, options in inputs), name
+        assert any("tooltip" in options for _, *rest in inputs for options in rest), name
 
 
 def test_the_demo_is_no_part_of_the_plugin(definitions):
