@@ -276,6 +276,14 @@ def _places(rng, count: int, top: float) -> list[tuple[float, float, float]] | N
     return placed
 
 
+# x, y, radius of one, two or three objects in a posed scene
+_POSES = {
+    1: [(128.0, 150.0, 64.0)],
+    2: [(70.0, 160.0, 54.0), (186.0, 160.0, 54.0)],
+    3: [(52.0, 176.0, 44.0), (128.0, 108.0, 44.0), (204.0, 176.0, 44.0)],
+}
+
+
 def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
@@ -284,34 +292,49 @@ def _article(phrase: str) -> str:
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
-def make_scene(seed: int, look_alike: bool = False) -> Scene:
-    """The scene of this seed. ``look_alike``: two objects of one noun in two colours."""
-    rng = np.random.default_rng([seed, int(look_alike)])
+def make_scene(seed: int, look_alike: bool = False, posed: bool = False) -> Scene:
+    """The scene of this seed.
+
+    Args:
+        look_alike: two objects of one noun in two colours.
+        posed: nothing is left to chance that the prompt does not say. Objects stand in the order in which
+            they are named, each noun has a colour of its own unless the prompt gives another, and there is
+            a sky where the prompt says so.
+    """
+    rng = np.random.default_rng([seed, int(look_alike), int(posed)] if posed else [seed, int(look_alike)])
     side = SIZE * _SCALE
     ground = None if rng.random() < 0.1 else str(rng.choice(GROUNDS))
     horizon = SIZE if ground is None else int(rng.uniform(0.22, 0.5) * SIZE)
-    if ground is not None and rng.random() < 0.25:
+    if ground is not None and rng.random() < (0.5 if posed else 0.25):
         horizon = 0
+    elif ground is not None and posed:
+        horizon = int(0.36 * SIZE)
 
     places = None
     while places is None:
         count = 2 if look_alike else int(rng.choice([1, 2, 3], p=[0.25, 0.5, 0.25]))
-        places = _places(rng, count, 0 if ground is None else horizon)
+        places = _POSES[count] if posed else _places(rng, count, 0 if ground is None else horizon)
     if look_alike:
         noun = str(rng.choice([n for n in NOUNS if len(OBJECTS[n][1]) > 2]))
         objects = [Region(noun, str(c)) for c in rng.permutation(OBJECTS[noun][1])[:2]]
     else:
         nouns = [str(n) for n in rng.permutation(NOUNS)[:count]]
         objects = [Region(n, str(rng.choice(OBJECTS[n][1]))) for n in nouns]
+    named = [o.phrase if look_alike or rng.random() < 0.7 else o.noun for o in objects]
+    if posed:
+        objects = [
+            o if o.phrase == name else Region(o.noun, OBJECTS[o.noun][1][0])
+            for o, name in zip(objects, named, strict=True)
+        ]
 
     regions = list(objects)
     picture, labels = Image.new("RGB", (side, side)), Image.new("L", (side, side))
     if horizon > 0:
-        _paint_sky(picture, rng, horizon * _SCALE)
+        _paint_sky(picture, np.random.default_rng(0) if posed else rng, horizon * _SCALE)
         labels.paste(len(regions), (0, 0, side, horizon * _SCALE))
         regions.append(Region("sky"))
     if ground is not None:
-        _paint_ground(picture, rng, ground, horizon * _SCALE)
+        _paint_ground(picture, np.random.default_rng(0) if posed else rng, ground, horizon * _SCALE)
         labels.paste(len(regions), (0, horizon * _SCALE, side, side))
         regions.append(Region(ground))
 
@@ -319,18 +342,20 @@ def make_scene(seed: int, look_alike: bool = False) -> Scene:
     for index in sorted(range(len(objects)), key=lambda i: places[i][1]):
         draw, _, tilts = OBJECTS[objects[index].noun]
         tilt = rng.uniform(-0.35, 0.35) if tilts else rng.uniform(-0.06, 0.06)
+        flip = bool(rng.random() < 0.5)
         pen.label = index
-        pen.place(*places[index], tilt, bool(rng.random() < 0.5))
+        pen.place(*places[index], 0.0 if posed else tilt, flip and not posed)
         draw(pen, COLOURS[objects[index].colour])
 
-    named = [_article(o.phrase if look_alike or rng.random() < 0.7 else o.noun) for o in objects]
-    rng.shuffle(named)
+    named = [_article(name) for name in named]
+    if not posed:
+        rng.shuffle(named)
     prompt = _listed(named)
     if ground is None:
         prompt += " in the sky"
     else:
         prompt += f" on the {ground}"
-        if horizon > 0 and rng.random() < 0.5:
+        if horizon > 0 and (posed or rng.random() < 0.5):
             prompt += " under the sky"
     return Scene(
         image=np.asarray(picture.reduce(_SCALE)),
