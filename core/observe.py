@@ -12,8 +12,9 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Collection
+from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import comfy.model_management
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .architectures import family_of
 from .concepts import Concepts
-from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, remember
+from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, remember, unrecorded
 from .stream import SPACES, ConceptStream
 
 if TYPE_CHECKING:
@@ -68,10 +69,14 @@ def observe(
     if unknown or not spaces:
         raise ValueError(f"Unknown spaces {sorted(unknown)}. Choose from: {'; '.join(SPACES)}.")
 
-    def stream(text, width_tokens: Tensor, layers: tuple[int, ...]) -> ConceptStream:
-        return ConceptStream(text, width_tokens, layers, spaces, attend_image, attend_concepts)
-
-    observer = _Observer(family, concepts, tokens, recorded, stream, budget)
+    stream = partial(
+        ConceptStream,
+        concepts=tokens,
+        spaces=tuple(spaces),
+        attend_image=attend_image,
+        attend_concepts=attend_concepts,
+    )
+    observer = _Observer(family, concepts, recorded, stream, budget)
     observed = model.clone()
     for kind in WRAPPERS:
         observed.remove_wrappers_with_key(kind, KEY)
@@ -82,45 +87,40 @@ def observe(
 
 
 class _Observer:
+    """The wrappers. ``stream(text, layers=...)`` makes the concept stream of one forward pass."""
+
     def __init__(
         self,
         family: ModuleType,
         concepts: Concepts,
-        tokens: Tensor,
         layers: tuple[int, ...],
         stream: Callable[..., ConceptStream],
         budget: int,
     ) -> None:
-        self._family = family
+        self.family = family
+        self.stream = stream
         self._concepts = concepts
-        self._tokens = tokens
         self._layers = layers
-        self._stream = stream
         self._budget = budget
         self._runs: weakref.WeakKeyDictionary[CFGGuider, Recorder] = weakref.WeakKeyDictionary()
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider: CFGGuider = executor.class_obj
-        recorder = self._recorder(guider, noise, sigmas)
-        self._runs[guider] = recorder
+        try:
+            self._runs[guider] = self._recorder(guider, noise, sigmas)
+        except Exception as error:
+            recording = _reason(error)
         try:
             samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            del self._runs[guider]
+            recorder = self._runs.pop(guider, None)
         # Samplers move the result here next. Moved already, it stays the tensor that the LATENT holds.
         samples = samples.to(comfy.model_management.intermediate_device())
-        try:
-            recording = recorder.finish()
-        except RecordingError as error:
-            logging.warning("%s", error)
-            recording = error
-        if recorder.thinned:
-            logging.warning(
-                "Concept Attention: recording every layer of this run would take more than %d MB; "
-                "kept the default layers %s only.",
-                self._budget // 2**20,
-                list(recorder.layers),
-            )
+        if recorder is not None:
+            try:
+                recording = recorder.finish()
+            except Exception as error:
+                recording = _reason(error)
         remember(samples, recording)
         return samples
 
@@ -129,11 +129,11 @@ class _Observer:
         latent_format = guider.model_patcher.get_model_object("latent_format")
         pixels = latent_format.spacial_downscale_ratio
         height, width = noise.shape[-2:]
-        rows, columns = self._family.grid(model, noise)
+        rows, columns = self.family.grid(model, noise)
         return Recorder(
             self._concepts,
             self._layers,
-            self._family.default_layers(model),
+            self.family.default_layers(model),
             sigmas,
             noise.shape[0],
             (rows, columns),
@@ -200,18 +200,36 @@ class _Observer:
         return out
 
 
-class _Chunk:
-    """The rows of one positive conditioning in a call of the model, and where its patches belong."""
+def _reason(error: Exception) -> str:
+    """What the user is told when maps are asked for. The image is never lost to a failure to record, and
+    the exception is not kept, since its traceback would keep the run's tensors."""
+    if isinstance(error, RecordingError):
+        logging.warning("%s", error)
+        return str(error)
+    logging.warning("Concept Attention stops recording this run.", exc_info=error)
+    return unrecorded(f"{type(error).__name__}: {error}")
 
-    def __init__(self, rows: slice, batch: slice | list[int], area: tuple[int, ...] | None) -> None:
-        self.rows, self.batch, self.area = rows, batch, area
+
+class _Chunk(NamedTuple):
+    """One positive conditioning in a call of the model: its rows, the images that they are, and the area
+    (height, width, y, x) of the latent that the call was cut down to."""
+
+    rows: slice
+    batch: slice | list[int]
+    area: tuple[int, ...] | None
 
 
 class _ConditioningChunks:
-    """Which chunks of a call of the model are the guider's positive conditionings."""
+    """Which chunks of a call of the model are the guider's positive conditionings.
+
+    A chunk has the id of its conditioning, and its place in the guider's list: positive, negative; of
+    DualCFGGuider negative, middle, positive. Ids are not always unique: conditionings that ComfyUI makes to
+    match a positive's area get the positive's id.
+    """
 
     def __init__(self, guider: CFGGuider) -> None:
         self._areas = {c.get("uuid"): c.get("area") for c in guider.conds.get("positive") or []}
+        self._place = 2 if "middle" in guider.conds else 0
         self._others = {
             c.get("uuid") for name, conds in guider.conds.items() if name != "positive" for c in conds or []
         }
@@ -224,6 +242,8 @@ class _ConditioningChunks:
         batch: slice | list[int] = slice(0, size)
         if window is not None and getattr(window, "dim", None) == 0:
             batch = list(window.index_list)
+            if (anchor := getattr(window, "causal_anchor_index", None)) is not None:
+                batch.insert(0, anchor)  # an image from before the window that ComfyUI puts in front
         elif size != evaluation.recorder.batch:
             raise RuntimeError(
                 f"the model was called with {size} images, the latent has {evaluation.recorder.batch}"
@@ -232,8 +252,8 @@ class _ConditioningChunks:
         for i, (kind, uuid) in enumerate(zip(kinds, uuids, strict=True)):
             if uuid in self._areas and uuid not in self._others:
                 positive = True
-            else:  # a negative made to match a positive's area shares its uuid
-                positive = kind == 0 and (uuid is None or uuid in self._areas)
+            else:
+                positive = kind == self._place and (uuid is None or uuid in self._areas)
             # The same conditioning twice in one evaluation is a pass that a guidance method added.
             if not positive or (window is None and uuid is not None and uuid in evaluation.seen):
                 continue
@@ -261,25 +281,23 @@ class _Hooks:
             yield
         except Exception as error:
             logging.warning("Concept Attention stops recording this run.", exc_info=True)
-            self._evaluation.recorder.fail(error)
+            self._evaluation.recorder.fail(f"{type(error).__name__}: {error}")
 
     def follow(self, chunk: _Chunk, x: Tensor, timestep: Tensor, guidance: Tensor | None) -> None:
         observer = self._observer
-        if not observer._family.matches(self._model):
-            raise RuntimeError(f"the model was replaced by {type(self._model).__name__}")
-        grid = observer._family.grid(self._model, x)
+        grid = observer.family.grid(self._model, x)
         if chunk.area is None and grid != self._evaluation.recorder.grid:
             raise RuntimeError(
                 f"the model was called on a tile of {grid[0]} x {grid[1]} patches; the image has "
-                "{} x {}. Tiled sampling cannot be recorded.".format(*self._evaluation.recorder.grid)
+                "{} x {}, and tiled sampling cannot be recorded".format(*self._evaluation.recorder.grid)
             )
-        text = observer._family.TextStream(
+        text = observer.family.TextStream(
             self._model,
             timestep[chunk.rows],
             None if guidance is None else guidance[chunk.rows],
             x.dtype,
         )
-        stream = observer._stream(text, observer._tokens, self._layers)
+        stream = observer.stream(text, layers=self._layers)
         self._followed.append((chunk, grid, stream))
 
     def before_attention(self, q, k, v, pe=None, attn_mask=None, extra_options=None):
@@ -297,7 +315,7 @@ class _Hooks:
     def _rotate(self, keys: Tensor, pe: Tensor | None, patches: slice, chunk: _Chunk) -> Tensor:
         if pe is not None:
             pe = pe[chunk.rows if len(pe) > 1 else slice(None), :, patches]
-        return self._observer._family.rotate(keys, pe)
+        return self._observer.family.rotate(keys, pe)
 
     def after_attention(self, out, extra_options):
         if extra_options.get("block_type") == "double" and self.active:

@@ -7,6 +7,7 @@ patch grid h x w.
 from __future__ import annotations
 
 import bisect
+import logging
 import re
 import threading
 from collections.abc import Sequence
@@ -23,6 +24,14 @@ BUDGET = 256 * 2**20
 
 class RecordingError(ValueError):
     """There is no usable recording; the message says why and what to do."""
+
+
+def unrecorded(reason: str) -> str:
+    """Why a LATENT has no recording, as its user is told."""
+    return (
+        "Concept Attention could not record this sampling run (the image is not affected): "
+        f"{reason.rstrip('.')}."
+    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,8 @@ class Recording:
         ]
         if not chosen:
             raise ValueError(
-                f"No step of the chosen range was recorded. Recorded steps: {_listed(sorted(set(self.steps)))}."
+                "No step of the chosen range was recorded. "
+                f"Recorded steps: {_listed(sorted(set(self.steps)))}."
             )
         index = [self.layers.index(layer) for layer in layers]
         if index == list(range(len(self.layers))):
@@ -185,8 +195,7 @@ class Recorder:
         self.layers = layers
         self.batch = batch
         self.grid = grid
-        self.failure: BaseException | None = None
-        self.thinned = False
+        self.failure: str | None = None
         self._concepts = concepts
         self._default_layers = tuple(layer for layer in default_layers if layer in layers) or layers
         self._schedule = [float(s) for s in sigmas]
@@ -211,14 +220,17 @@ class Recorder:
             if self._bytes > self._budget and self.layers != self._default_layers:
                 self._thin()
 
-    def fail(self, failure: BaseException) -> None:
-        """Give up recording: the image goes on, and the failure is raised when maps are asked for."""
-        if self.failure is None:
-            self.failure = failure
+    def fail(self, reason: str) -> None:
+        """Give up recording: the image goes on, and the reason is raised when maps are asked for."""
+        self.failure = self.failure or reason
 
     def _thin(self) -> None:
         self.layers = self._default_layers
-        self.thinned = True
+        logging.warning(
+            "Concept Attention: all layers of this run would take more than %d MB; keeping layers %s only.",
+            self._budget // 2**20,
+            _listed(self.layers),
+        )
         for evaluation in self._evaluations:
             evaluation.wait()
             evaluation.passes = [p.keep(self.layers) for p in evaluation.passes]
@@ -231,10 +243,7 @@ class Recorder:
             RecordingError: something failed, or nothing was recorded.
         """
         if self.failure is not None:
-            raise RecordingError(
-                "Concept Attention could not record this sampling run (the image is not affected): "
-                f"{self.failure}"
-            ) from self.failure
+            raise RecordingError(unrecorded(self.failure))
         evaluations = [e for e in self._evaluations if e.passes]
         if not evaluations:
             raise RecordingError(
@@ -274,15 +283,19 @@ class Recorder:
 
 
 def _step(schedule: list[float], sigma: float) -> int:
-    descending = [-s for s in schedule]
-    step = bisect.bisect_right(descending, -sigma * (1 - 1e-5)) - 1
+    """The last step of the schedule that starts at this noise level or beyond, in the schedule's own
+    direction: noise goes up when an image is turned back into noise."""
+    if schedule[0] >= schedule[-1]:
+        step = bisect.bisect_right([-s for s in schedule], -sigma * (1 - 1e-5)) - 1
+    else:
+        step = bisect.bisect_right(schedule, sigma * (1 + 1e-5)) - 1
     return min(max(step, 0), max(0, len(schedule) - 2))
 
 
 _recordings: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def remember(samples: Tensor, recording: Recording | RecordingError) -> None:
+def remember(samples: Tensor, recording: Recording | str) -> None:
     """Tie a recording, or the reason that there is none, to the tensor that a sampling run returned. It
     lives as long as the tensor does."""
     _recordings[samples] = recording
@@ -296,13 +309,14 @@ def recording_of(latent: dict) -> Recording:
     """
     samples = latent["samples"]
     found = _recordings.get(samples) if isinstance(samples, Tensor) else None
-    if isinstance(found, RecordingError):
-        raise found
+    if isinstance(found, str):
+        raise RecordingError(found)
     if found is None:
         raise RecordingError(
             "This LATENT was not sampled with Concept Attention. Put the Concept Attention node between "
             "the model and the sampler, and connect the sampler's LATENT output directly: of "
             "SamplerCustomAdvanced the first (output, not denoised_output), and not a LATENT that another "
-            "node has upscaled, cropped, batched, saved or loaded."
+            "node has upscaled, cropped, batched, saved or loaded. When ComfyUI runs with "
+            "--fp16-intermediates, KSampler's LATENT is such a copy too: use SamplerCustomAdvanced."
         )
     return found

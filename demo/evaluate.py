@@ -3,18 +3,94 @@
 Every scene is encoded, noised to one noise level and passed through the model once, with the plugin's own
 code in ComfyUI. The concepts are all that the scene shows and two nouns that it does not.
 
-    python evaluate.py --comfyui PATH --scenes 200
+    python demo/evaluate.py --comfyui PATH --scenes 200
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+
+from scenes import GROUNDS, HELD_OUT, NOUNS, make_scene
 
 HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of argmax maps at image size: the mean IoU of the concepts shown, and the pixel accuracy. Then the
+    share of scenes in which every absent concept's map stays below every present one's, by the mean and
+    by the peak of the map."""
+
+    iou: float
+    accuracy: float
+    absent_below_by_mean: float
+    absent_below_by_peak: float
+
+
+def evaluate(
+    core,
+    models: Path = HERE,
+    *,
+    scenes: int = 200,
+    sigma: float = 0.5,
+    pooling: str = "mean of tokens",
+    look_alike: bool = False,
+    prompts: bool = True,
+) -> Scores:
+    """
+    Args:
+        core: the plugin's ``core`` package.
+        sigma: the noise level, 0..1.
+        look_alike: scenes with two objects of one noun, named by their colours.
+        prompts: condition on the scene's prompt, not on an empty one.
+    """
+    import comfy.samplers
+    import comfy.sd
+    import comfy.utils
+
+    from text_encoder import WIDTH, load_text_encoder
+
+    model = comfy.sd.load_diffusion_model(str(models / "flux.safetensors"))
+    clip = load_text_encoder(models / "text_encoder.safetensors")
+    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae.safetensors")))
+    euler = comfy.samplers.sampler_object("euler")
+    ious, hits, by_mean, by_peak = [], [], [], []
+    for seed in range(HELD_OUT, HELD_OUT + scenes):
+        scene = make_scene(seed, look_alike)
+        shown = [r.phrase if look_alike else r.noun for r in scene.regions]
+        concepts = core.concepts.Concepts((*shown, *_absent(seed, shown)))
+        image = torch.from_numpy(scene.image.copy()).float()[None] / 255
+        latent = vae.encode(image)
+        tokens = core.concepts.encode_concepts(clip, concepts.all, pooling, WIDTH)
+        guider = comfy.samplers.CFGGuider(core.observe.observe(model, concepts, tokens))
+        prompt = clip.tokenize(scene.prompt if prompts else "")
+        guider.inner_set_conds({"positive": clip.encode_from_tokens_scheduled(prompt)})
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+        schedule = torch.tensor([sigma, 0.0])
+        samples = guider.sample(noise, latent, euler, schedule, disable_pbar=True, seed=seed)
+        recording = core.recording.recording_of({"samples": samples})
+        maps = core.maps.concept_maps(recording).at_size(*image.shape[1:3])[0]
+        guess = maps.argmax(0).numpy()
+        for index in range(len(shown)):
+            a, b = guess == index, scene.labels == index
+            ious.append((a & b).sum() / (a | b).sum())
+        hits.append((guess == scene.labels).mean())
+        present, absent = maps[: len(shown)], maps[len(shown) :]
+        by_mean.append(bool(absent.mean((1, 2)).max() < present.mean((1, 2)).min()))
+        by_peak.append(bool(absent.amax((1, 2)).max() < present.amax((1, 2)).min()))
+    return Scores(*(float(np.mean(values)) for values in (ious, hits, by_mean, by_peak)))
+
+
+def _absent(seed: int, shown: list[str], count: int = 2) -> tuple[str, ...]:
+    words = {word for phrase in shown for word in phrase.split()}
+    nouns = [n for n in (*NOUNS, *GROUNDS) if n not in words]
+    return tuple(str(n) for n in np.random.default_rng(seed).permutation(nouns)[:count])
 
 
 def main() -> None:
@@ -24,78 +100,29 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--sigma", type=float, default=0.5)
     parser.add_argument("--pooling", default="mean of tokens")
-    parser.add_argument("--look-alike", action="store_true", help="two objects of one noun, named by colour")
-    parser.add_argument("--no-prompt", action="store_true")
+    parser.add_argument("--look-alike", action="store_true")
+    parser.add_argument("--no-prompts", action="store_true")
     args = parser.parse_args()
     sys.path[:0] = [str(args.comfyui), str(HERE.parent)]
     sys.argv = [sys.argv[0], "--cpu"]
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import torch
+    import core.maps
+    import core.observe
 
     with torch.inference_mode():
-        evaluate(args)
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    import comfy.samplers
-    import comfy.sd
-    import comfy.utils
-    import torch
-    from scenes import HELD_OUT, make_scene
-    from text_encoder import WIDTH, load_text_encoder
-
-    from core.concepts import Concepts, encode_concepts
-    from core.maps import concept_maps
-    from core.observe import observe
-    from core.recording import recording_of
-
-    model = comfy.sd.load_diffusion_model(str(args.models / "flux.safetensors"))
-    clip = load_text_encoder(args.models / "text_encoder.safetensors")
-    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(args.models / "vae.safetensors")))
-    ious, accuracies, mean_order, peak_order = [], [], [], []
-    for seed in range(HELD_OUT, HELD_OUT + args.scenes):
-        scene = make_scene(seed, look_alike=args.look_alike)
-        shown = [r.phrase if args.look_alike else r.noun for r in scene.regions]
-        concepts = Concepts((*shown, *_absent(seed, shown)))
-        image = torch.from_numpy(scene.image).float()[None] / 255
-        latent = vae.encode(image)
-        tokens = encode_concepts(clip, concepts.all, args.pooling, WIDTH)
-        guider = comfy.samplers.CFGGuider(observe(model, concepts, tokens))
-        prompt = "" if args.no_prompt else scene.prompt
-        guider.inner_set_conds({"positive": clip.encode_from_tokens_scheduled(clip.tokenize(prompt))})
-        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
-        samples = guider.sample(
-            noise,
-            latent,
-            comfy.samplers.sampler_object("euler"),
-            torch.tensor([args.sigma, 0.0]),
-            disable_pbar=True,
-            seed=seed,
+        print(
+            evaluate(
+                core,
+                args.models,
+                scenes=args.scenes,
+                sigma=args.sigma,
+                pooling=args.pooling,
+                look_alike=args.look_alike,
+                prompts=not args.no_prompts,
+            )
         )
-        maps = concept_maps(recording_of({"samples": samples})).at_size(*image.shape[1:3])[0]
-        guess, truth = maps.argmax(0).numpy(), scene.labels
-        for index in range(len(shown)):
-            a, b = guess == index, truth == index
-            ious.append((a & b).sum() / (a | b).sum())
-        accuracies.append((guess == truth).mean())
-        present, absent = maps[: len(shown)], maps[len(shown) :]
-        mean_order.append(bool(absent.mean((1, 2)).max() < present.mean((1, 2)).min()))
-        peak_order.append(bool(absent.amax((1, 2)).max() < present.amax((1, 2)).min()))
-    print(
-        f"{args.scenes} scenes, noise level {args.sigma}, {args.pooling}: "
-        f"mean IoU {np.mean(ious):.3f}, pixel accuracy {np.mean(accuracies):.3f}; absent concepts below "
-        f"every present one in {np.mean(mean_order):.1%} (mean of the map), {np.mean(peak_order):.1%} (peak)"
-    )
-
-
-def _absent(seed: int, shown: list[str], count: int = 2) -> tuple[str, ...]:
-    from scenes import GROUNDS, NOUNS
-
-    present = {word for phrase in shown for word in phrase.split()}
-    nouns = [n for n in (*NOUNS, *GROUNDS) if n not in present]
-    return tuple(str(n) for n in np.random.default_rng(seed).permutation(nouns)[:count])
 
 
 if __name__ == "__main__":

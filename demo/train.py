@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scenes import COLOURS, GROUNDS, NOUNS, OBJECTS, Scene, make_scene
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from scenes import COLOURS, GROUNDS, NOUNS, OBJECTS, Scene, make_scene
 
 FLUX = {
     "in_channels": 16,
@@ -82,6 +83,7 @@ class TextEncoder(nn.Module):
         from comfy.clip_model import CLIPTextModel
         from comfy.text_encoders import t5
         from comfy.text_encoders.flux import FluxTokenizer
+
         from text_encoder import MODEL_OPTIONS, T5_LENGTH, TABLES, WIDTH
 
         def config(module, file, overrides):
@@ -268,6 +270,7 @@ class Data:
 
     def _encode(self, vae_path: Path, count: int) -> Tensor:
         from safetensors.torch import load_file
+
         from train_vae import build_encoder
 
         encoder = build_encoder()
@@ -319,7 +322,11 @@ def forward(model, text_stream, x, sigma, context, pooled, concepts):
 
 
 def map_loss(scores: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (B,) of the maps, of their mean and of each layer's, and the argmax accuracy."""
+    """Cross-entropy (B,) of the maps, of their mean and of each layer's, and the argmax accuracy (B,).
+
+    Pixels weigh by the inverse square root of their concept's area, or else grounds would be all that
+    counts.
+    """
     batch, count, patches = scores[0].shape
     side = int(patches**0.5)
 
@@ -329,13 +336,17 @@ def map_loss(scores: list[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
 
     layers = [upscaled(s.softmax(1)) for s in scores]
     mean = torch.stack(layers).mean(0)
-    valid = (target != IGNORED).float().sum((1, 2)).clamp_min(1)
+    known = target != IGNORED
+    areas = F.one_hot(torch.where(known, target, 0), count).float().mul(known[..., None]).sum((1, 2))
+    weight = areas.clamp_min(1).rsqrt().gather(1, torch.where(known, target, 0).flatten(1)).view_as(known)
+    weight = weight * known
+    weight = weight / weight.sum((1, 2), keepdim=True).clamp_min(1e-6)
 
     def loss(p):
-        return F.nll_loss(p.log(), target, ignore_index=IGNORED, reduction="none").sum((1, 2)) / valid
+        return (F.nll_loss(p.log(), target, ignore_index=IGNORED, reduction="none") * weight).sum((1, 2))
 
     total = loss(mean) + 0.25 * sum(loss(p) for p in layers) / len(layers)
-    hits = (mean.argmax(1) == target).float().sum((1, 2)) / valid
+    hits = ((mean.argmax(1) == target) * weight).sum((1, 2))
     return total, hits
 
 
@@ -349,7 +360,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=16000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--map-weight", type=float, default=0.3)
+    parser.add_argument("--map-weight", type=float, default=0.4)
     parser.add_argument("--resume", type=Path, help="a folder that this script has written to")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -361,6 +372,7 @@ def main() -> None:
     from core.architectures.flux1 import TextStream
 
     torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)  # saturated softmaxes would slow the CPU down several times
     rng = np.random.default_rng(args.seed)
     data = Data(args.vae, args.scenes, args.cache)
     print(f"{len(data.latents)} scenes, latent std {data.latents[:500].float().std():.3f}", flush=True)
@@ -436,7 +448,7 @@ def main() -> None:
                 flush=True,
             )
             log = []
-        if done > saved + 0.1:
+        if done > saved + 0.05:
             saved = done
             save()
     save()

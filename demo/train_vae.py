@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from scenes import make_scene
 from torch import nn
 from torch.nn import functional as F
+
+from scenes import make_scene
 
 LATENT_CHANNELS = 16
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159

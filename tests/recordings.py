@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.maps import ConceptMaps
 from concept_attention.core.recording import Recording
-from torch import Tensor
+
+CONCEPTS = Concepts(("cat", "ball"), ("sky",))
 
 
 def recording(
@@ -14,7 +17,7 @@ def recording(
     evaluations: int = 3,
     layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5),
     batch: int = 1,
-    concepts: Concepts = Concepts(("cat", "ball"), ("sky",)),
+    concepts: Concepts = CONCEPTS,
     grid: tuple[int, int] = (4, 6),
     seed: int = 0,
 ) -> Recording:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from concept_attention.core.concepts import (
     LIMIT,
     Concepts,
@@ -117,7 +118,7 @@ def test_a_clip_of_another_width_is_an_error_with_both_widths():
 @pytest.mark.parametrize("keys", [("l",), ("l", "g", "t5xxl"), ("qwen3_4b",)])
 def test_a_clip_of_another_model_is_an_error_that_names_the_loader(keys):
     clip = FakeClip()
-    clip.tokenize = lambda text: dict.fromkeys(keys, [[(1, 1.0)]])
+    clip.tokenize = lambda text: {key: [[(1, 1.0)]] for key in keys}
     with pytest.raises(ValueError, match=r'DualCLIPLoader and type "flux"'):
         encode_concepts(clip, ("ab",), "first token", 3)
 

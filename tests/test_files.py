@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import folder_paths
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.files import SUFFIX, load_maps, save_maps
 from concept_attention.core.maps import ConceptMaps, concept_maps
 from concept_attention.nodes.concept_files import ConceptMapsLoad, ConceptMapsSave
 from concept_attention.nodes.concept_saliency import ConceptSaliency
 from recordings import recording
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 ODD = Concepts(('$x_1$ "q"', "<b>&", "고양이 🐱"), ("sky",))
 

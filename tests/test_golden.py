@@ -8,6 +8,7 @@ from pathlib import Path
 import comfy.samplers
 import pytest
 import torch
+
 from concept_attention.core.architectures import flux1
 from concept_attention.core.maps import heatmaps
 from concept_attention.core.recording import recording_of

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.maps import concept_maps, heatmaps, upscale
 from concept_attention.core.recording import parse_layers

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.maps import ConceptMaps
 from concept_attention.core.masks import METHODS, clean, concept_mask, otsu_threshold, region
@@ -133,7 +134,7 @@ def test_feathering_keeps_the_range_and_the_weight():
     hard, blurred = (concept_mask(two_concepts(), "cat", feather=f) for f in (0, 4))
     assert blurred.min() >= 0
     assert blurred.max() <= 1
-    assert 0 < (blurred.sum() - hard.sum()).abs() < 0.01 * hard.sum() or blurred.sum() == hard.sum()
+    assert (blurred.sum() - hard.sum()).abs() < 0.01 * hard.sum()
     assert len(blurred.unique()) > 10
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.masks import concept_masks, parts
 from concept_attention.nodes.concept_mask import ConceptMask

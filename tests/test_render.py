@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.figures import concepts_figure, layers_figure
 from concept_attention.core.maps import concept_maps

@@ -10,12 +10,15 @@ from pathlib import Path
 import comfy.sample
 import comfy.samplers
 import comfy.sd
+import comfy.supported_models_base
 import torch
 from comfy.model_patcher import ModelPatcher
-from concept_attention.core.concepts import Concepts
-from concept_attention.core.observe import observe
+from comfy.text_encoders.flux import FluxTokenizer, flux_clip
 from safetensors import safe_open
 from torch import Tensor
+
+from concept_attention.core.concepts import Concepts
+from concept_attention.core.observe import observe
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def sample(
     latent: Tensor | None = None,
     positive: list | None = None,
     negative: list | None = None,
+    noise: Tensor | None = None,
     seed: int = 1,
     **options,
 ) -> Tensor:
@@ -126,7 +130,7 @@ def sample(
     latent = torch.zeros(1, 16, 12, 16) if latent is None else latent
     return comfy.sample.sample(
         model,
-        comfy.sample.prepare_noise(latent, seed),
+        comfy.sample.prepare_noise(latent, seed) if noise is None else noise,
         steps,
         cfg,
         sampler,
@@ -138,3 +142,28 @@ def sample(
         seed=seed,
         **options,
     )
+
+
+@cache
+def random_clip(width: int = 32, seed: int = 0) -> comfy.sd.CLIP:
+    """Flux's text encoders, T5 of that width and CLIP-L, shrunk and with random weights."""
+    shrunk = {
+        "t5xxl_model_config": {"d_model": width, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 1},
+        "clip_l_model_config": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_attention_heads": 1,
+            "num_hidden_layers": 2,
+        },
+    }
+    clip = comfy.sd.CLIP(
+        target=comfy.supported_models_base.ClipTarget(FluxTokenizer, flux_clip(dtype_t5=torch.float32)),
+        model_options=shrunk,
+    )
+    g = torch.Generator().manual_seed(seed)
+    for name, weight in clip.cond_stage_model.named_parameters():
+        values = torch.randn(weight.shape, generator=g) * (
+            weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.1
+        )
+        weight.data.copy_(values + 1 if weight.ndim == 1 and name.endswith("weight") else values)
+    return clip

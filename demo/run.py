@@ -1,0 +1,164 @@
+"""Runs the example workflow with the demo model in a real ComfyUI on the CPU and writes its pictures."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+import comfyui
+import workflow
+
+sys.path.insert(0, str(comfyui.ROOT))
+from core.concepts import split_names
+
+WORKFLOW = comfyui.ROOT / "example_workflows" / "concept_mask_to_inpaint.json"
+PROMPT = "a cat and a red ball on the grass under the sky"
+CONCEPTS = "cat, ball, grass, sky"
+INTO = "tree"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="nox -s demo --", description=__doc__)
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--concepts", default=CONCEPTS, help="separated by commas")
+    parser.add_argument("--repaint", metavar="CONCEPT", help="the concept to repaint (default: the first)")
+    parser.add_argument("--into", metavar="THING", default=INTO, help="what to repaint it into (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=comfyui.ROOT / "out", help="folder (%(default)s)")
+    args = parser.parse_args()
+    try:
+        run(args)
+    except RuntimeError as error:
+        sys.exit(str(error))
+
+
+def run(args: argparse.Namespace) -> None:
+    path = comfyui.find()
+    if path is None:
+        raise RuntimeError(f"No ComfyUI was found. {comfyui.HELP}")
+    for file in (*comfyui.MODELS.values(), comfyui.TEXT_ENCODER):
+        if not file.exists():
+            raise RuntimeError(f"{file} is missing. Check out the repository again.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    folder = comfyui.FOLDER / "demo-server"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = split_names(args.concepts)
+    repainted = args.repaint or (names[0] if names else "")
+
+    start = time.monotonic()
+    with ExitStack() as stack:
+        with timed("ComfyUI started"):
+            server = stack.enter_context(comfyui.Server(path, folder))
+        content = workflow.swap(json.loads(WORKFLOW.read_text("utf-8")))
+        graph = workflow.to_api(content, server.get("/object_info"))
+        fill_in(graph, args.prompt, args.concepts, repainted, args.into, args.seed)
+        options = workflow.inputs(graph, "Concept Mask") | {"concept": "", "grow": 0, "feather": 0}
+        every = workflow.add(graph, "Mask of every concept", "ConceptMask", **options)
+        workflow.add(graph, "Masks", "MaskPreview", mask=[every, 0])
+
+        with timed("picture painted"):
+            (picture,) = images(server, graph, "Picture")
+        with timed("heatmaps and masks made"):
+            heatmaps = images(server, graph, "Heatmaps")
+            masks = images(server, graph, "Masks")
+            (mask,) = images(server, graph, "Mask")
+        with timed(f"{repainted} repainted"):
+            (inpainted,) = images(server, graph, "Repainted")
+
+    with timed("files written"):
+        rows = []
+        for name, file_name, heatmap, own_mask in zip(names, file_names(names), heatmaps, masks, strict=True):
+            overlay = Image.blend(picture, heatmap, 0.6)
+            heatmap.save(args.out / f"heatmap_{file_name}.png")
+            overlay.save(args.out / f"overlay_{file_name}.png")
+            own_mask.save(args.out / f"mask_{file_name}.png")
+            rows.append((name, [picture, heatmap, overlay, own_mask]))
+        picture.save(args.out / "picture.png")
+        inpainted.save(args.out / "inpainted.png")
+        last = (f"{repainted} to {args.into}", [picture, mask, inpainted])
+        contact_sheet(args.prompt, rows, last).save(args.out / "contact_sheet.png")
+    print(f"{time.monotonic() - start:6.1f} s  in all\n{args.out}: contact_sheet.png and what it shows")
+
+
+def fill_in(graph: workflow.Graph, prompt: str, concepts: str, repainted: str, into: str, seed: int) -> None:
+    """Write texts and seed into the example workflow, and a mask's margin that fits the small picture."""
+    workflow.inputs(graph, "Prompt")["text"] = prompt
+    workflow.inputs(graph, "Concept Attention")["concepts"] = concepts
+    workflow.inputs(graph, "Concept Mask").update(concept=repainted, grow=6, feather=3)
+    new_prompt, count = re.subn(rf"\b{re.escape(repainted)}\b", lambda _: into, prompt, flags=re.IGNORECASE)
+    workflow.inputs(graph, "Repaint prompt")["text"] = new_prompt if count else f"{into}, {prompt}"
+    for sampler in ("KSampler", "KSampler (repaint)"):
+        workflow.inputs(graph, sampler)["seed"] = seed
+
+
+def images(server: comfyui.Server, graph: workflow.Graph, title: str) -> list[Image.Image]:
+    """What the output node with this title shows. ComfyUI does not run again what it has run already."""
+    number = workflow.find(graph, title)
+    entry = server.run(graph, [number])
+    shown = entry["outputs"][number]["images"]
+    return [Image.open(io.BytesIO(server.image(image))).convert("RGB") for image in shown]
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    print(f"{time.monotonic() - start:6.1f} s  {what}", flush=True)
+
+
+def file_names(names: tuple[str, ...]) -> list[str]:
+    """A file name for each concept: letters, digits, - and _ only, and no two the same."""
+    safe: list[str] = []
+    for name in names:
+        base = re.sub(r"[^\w-]+", "_", name).strip("_").lower()[:60] or "concept"
+        number = sum(s == base or s.startswith(f"{base}~") for s in safe)
+        safe.append(f"{base}~{number + 1}" if number else base)
+    return safe
+
+
+def contact_sheet(
+    title: str, rows: list[tuple[str, list[Image.Image]]], last: tuple[str, list[Image.Image]]
+) -> Image.Image:
+    """One row for each concept, and below them how one of them was repainted."""
+    cell, gap, left, top, caption = workflow.SIZE, 10, 170, 52, 26
+    width = left + 4 * (cell + gap) + gap
+    height = top + caption + len(rows) * (cell + gap) + 2 * gap + caption + cell + 2 * gap
+    sheet = Image.new("RGB", (width, height), (24, 24, 28))
+    draw = ImageDraw.Draw(sheet)
+    large, small = ImageFont.load_default(22), ImageFont.load_default(15)
+    bright, dim = (240, 240, 240), (150, 150, 158)
+    draw.text((2 * gap, top / 2), textwrap.shorten(title, 100), bright, large, anchor="lm")
+
+    def row(y: int, name: str, pictures: list[Image.Image]) -> None:
+        wrapped = textwrap.fill(textwrap.shorten(name, 80), 12)
+        draw.multiline_text((2 * gap, y + cell / 2), wrapped, bright, large, anchor="lm")
+        for i, picture in enumerate(pictures):
+            sheet.paste(picture.resize((cell, cell)), (left + i * (cell + gap), y))
+
+    def captions(y: int, *texts: str) -> None:
+        for i, text in enumerate(texts):
+            draw.text((left + i * (cell + gap), y + caption / 2), text, dim, small, anchor="lm")
+
+    captions(top, "picture", "heatmap", "overlay", "mask (argmax)")
+    y = top + caption
+    for name, pictures in rows:
+        row(y, name, pictures)
+        y += cell + gap
+    y += 2 * gap
+    captions(y, "picture", "mask, grown and feathered", "repainted")
+    row(y + caption, *last)
+    return sheet
+
+
+if __name__ == "__main__":
+    main()

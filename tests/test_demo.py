@@ -1,0 +1,65 @@
+"""The demo's models and the scenes that they were trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.sd
+import numpy as np
+import pytest
+import torch
+from evaluate import evaluate
+from safetensors import safe_open
+
+import concept_attention.core as core
+from scenes import GROUNDS, HELD_OUT, NOUNS, make_scene
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+FILES = [DEMO / f"{name}.safetensors" for name in ("flux", "vae", "text_encoder")]
+
+
+def test_the_models_take_at_most_16_mb():
+    assert sum(file.stat().st_size for file in FILES) <= 16e6
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_weights_are_fp16(file):
+    with safe_open(file, "pt") as tensors:
+        kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys() if "vae_s" not in name}  # noqa: SIM118
+    assert kinds <= {"F16", "I32"}
+
+
+def test_comfyui_loads_the_model_as_flux1():
+    model = comfy.sd.load_diffusion_model(str(DEMO / "flux.safetensors"))
+    assert type(model.model.model_config).__name__ == "FluxSchnell"
+
+
+def test_the_same_seed_gives_the_same_scene():
+    a, b = (make_scene(HELD_OUT + 7) for _ in range(2))
+    assert np.array_equal(a.image, b.image)
+    assert np.array_equal(a.labels, b.labels)
+    assert (a.prompt, a.regions) == (b.prompt, b.regions)
+
+
+def test_scenes_show_every_region_and_no_others():
+    nouns = set()
+    for seed in range(200):
+        scene = make_scene(seed, look_alike=seed % 5 == 0)
+        assert set(np.unique(scene.labels)) == set(range(len(scene.regions)))
+        nouns |= {region.noun for region in scene.regions}
+    assert nouns == {*NOUNS, *GROUNDS, "sky"}
+
+
+def test_look_alike_scenes_have_two_objects_that_differ_in_colour_only():
+    for seed in range(50):
+        first, second = make_scene(seed, look_alike=True).regions[:2]
+        assert first.noun == second.noun
+        assert first.colour != second.colour
+
+
+def test_concept_maps_of_held_out_scenes_are_right():
+    with torch.inference_mode():
+        scores = evaluate(core, scenes=30)
+    assert scores.iou >= 0.70
+    assert scores.accuracy >= 0.92
+    assert scores.absent_below_by_mean >= 0.90
