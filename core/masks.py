@@ -92,7 +92,7 @@ class Part(NamedTuple):
     Attributes:
         box: left, top, width, height.
         peak: x and y of a point well inside, where the concept's map is highest or nearly so.
-        score: the map there, 0..1.
+        score: the map's highest value in it, 0..1.
     """
 
     concept: str

@@ -81,6 +81,15 @@ def test_a_peak_is_where_the_map_is_highest_inside_its_own_part():
     assert (first.score, second.score) == pytest.approx((0.9, 0.6))
 
 
+def test_a_higher_part_inside_the_box_of_another_does_not_move_its_peak():
+    values = blob(blob(torch.zeros(20, 20), 0, 0, 20, 20, 0.4), 2, 2, 18, 18, 0.0)
+    blob(values, 10, 10, 5, 5, 0.9)
+    around, within = parts("cat", values > 0, values)
+    assert within.box == (10, 10, 5, 5)
+    assert around.score == pytest.approx(0.4)
+    assert min(around.peak) < 2
+
+
 def test_the_peak_of_a_plateau_is_its_middle():
     values = blob(torch.zeros(40, 40), 10, 20, 15, 9, 0.8)
     (part,) = parts("cat", values > 0, values)

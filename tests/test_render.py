@@ -33,7 +33,7 @@ from recordings import maps_of, recording
 
 HOSTILE = (
     "$x_1$",
-    "$\\frac{",
+    "$\\frac{$",
     "<b>&\"'</b>",
     "-->",
     "%s {0} \\n",
