@@ -20,13 +20,29 @@ class ConceptMaps:
     Attributes:
         values: (B, K, h, w) float32 in 0..1, background concepts last. With a softmax they add up to 1 in
             every patch; else they share one scale per image.
-        image_size, coverage: as in ``Recording``.
+        recording: what the maps were made from.
+        space, layers, steps, softmax, temperature: what was chosen of it, see ``heatmaps``.
     """
 
     values: Tensor
-    concepts: Concepts
-    image_size: tuple[int, int]
-    coverage: tuple[float, float]
+    recording: Recording
+    space: str
+    layers: tuple[int, ...]
+    steps: tuple[int, ...]
+    softmax: bool
+    temperature: float
+
+    @property
+    def concepts(self) -> Concepts:
+        return self.recording.concepts
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.recording.image_size
+
+    @property
+    def coverage(self) -> tuple[float, float]:
+        return self.recording.coverage
 
     def index(self, name: str) -> int:
         """Where ``name`` is among the concepts, whatever its case.
@@ -90,12 +106,23 @@ def heatmaps(
     return total / count
 
 
-def concept_maps(recording: Recording, *, softmax: bool = True, **choice) -> ConceptMaps:
+def concept_maps(
+    recording: Recording,
+    *,
+    space: str = "output",
+    layers: Sequence[int] | None = None,
+    steps: Sequence[int] | None = None,
+    softmax: bool = True,
+    temperature: float = 1.0,
+) -> ConceptMaps:
     """``heatmaps`` as maps in 0..1. Raw scores are scaled by the smallest and the largest of all concepts
     of an image, so that concepts can still be compared."""
-    values = heatmaps(recording, softmax=softmax, **choice)
+    layers = recording.default_layers if layers is None else tuple(layers)
+    steps = tuple(sorted({step for step in recording.steps if steps is None or step in steps}))
+    choice = {"space": space, "layers": layers, "steps": steps}
+    values = heatmaps(recording, **choice, softmax=softmax, temperature=temperature)
     if not softmax:
         low = values.amin((1, 2, 3), keepdim=True)
         high = values.amax((1, 2, 3), keepdim=True)
         values = (values - low) / torch.where(high > low, high - low, 1.0)
-    return ConceptMaps(values, recording.concepts, recording.image_size, recording.coverage)
+    return ConceptMaps(values, recording, **choice, softmax=softmax, temperature=temperature)

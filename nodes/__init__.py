@@ -3,15 +3,21 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from .browser import add_routes
 from .concept_attention import ConceptAttention
 from .concept_mask import ConceptMask
 from .concept_saliency import ConceptSaliency
+from .concept_viewer import ConceptViewer
 
 
 class ConceptAttentionExtension(ComfyExtension):
     @override
+    async def on_load(self) -> None:
+        add_routes()
+
+    @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ConceptAttention, ConceptSaliency, ConceptMask]
+        return [ConceptAttention, ConceptSaliency, ConceptMask, ConceptViewer]
 
 
 async def comfy_entrypoint() -> ConceptAttentionExtension:
