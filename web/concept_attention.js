@@ -141,10 +141,16 @@ function wantsLive() {
   return app.extensionManager.setting.get(LIVE_PREVIEW) !== false;
 }
 
+/** What the server was told last. */
+let told = "";
+
 /** Tell the server whether to send maps while it samples. */
-function announce() {
+function tell() {
+  if (!api.clientId) return;
   const body = JSON.stringify({ client_id: api.clientId, on: wantsLive() });
-  return api.fetchApi("/concept_attention/live", { method: "POST", body });
+  if (body === told) return;
+  told = body;
+  api.fetchApi("/concept_attention/live", { method: "POST", body });
 }
 
 app.registerExtension({
@@ -157,7 +163,7 @@ app.registerExtension({
       name: "Show concept maps while sampling",
       type: "boolean",
       defaultValue: true,
-      onChange: announce,
+      onChange: tell,
     },
   ],
   init() {
@@ -165,10 +171,13 @@ app.registerExtension({
     document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href }));
   },
   setup() {
-    api.addEventListener("execution_start", () => {
-      previews.clear();
-      announce();
+    // The first status brings the client's id; a server that was restarted has forgotten it.
+    api.addEventListener("status", tell);
+    api.addEventListener("reconnected", () => {
+      told = "";
+      tell();
     });
+    api.addEventListener("execution_start", () => previews.clear());
     api.addEventListener("b_preview_with_metadata", ({ detail }) => {
       if (wantsLive()) previews.set(detail.displayNodeId, detail.blob);
     });

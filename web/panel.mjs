@@ -116,6 +116,8 @@ export class Panel {
       ),
       make("div", { className: "bar" }, this.pager, this.scale, this.status, this.reset, this.copy),
     );
+    this.resizing = new ResizeObserver(() => this.#redraw());
+    this.resizing.observe(this.stage);
     this.#listen();
     this.#update();
   }
@@ -140,8 +142,6 @@ export class Panel {
     this.next.addEventListener("click", () => this.#turn(1));
     this.reset.addEventListener("click", () => this.#choose({ layers: null, steps: null }));
     this.copy.addEventListener("click", () => this.#copy());
-    this.resizing = new ResizeObserver(() => this.#redraw());
-    this.resizing.observe(this.stage);
   }
 
   /** Take over settings that were changed elsewhere. @param {Partial<Settings>} changed */

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import time
 
-import nodes
 import torch
 from comfy_api.latest import ComfyExtension, io
 from torch.nn import functional as F
+
+import nodes
 
 CONCEPTS = ("dragon", "rock", "sky", "sun", "<img src=x onerror=alert(1)>", "hot air balloon over the sea")
 LAYERS, STEPS = 19, 28
@@ -74,20 +75,19 @@ class MadeUpMaps(io.ComfyNode):
 
 
 class MadeUpRun(io.ComfyNode):
-    """A run of two seconds that is shown by node "1", or by the viewers that it reaches."""
+    """A run of two seconds that is listened to."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TestMadeUpRun",
-            inputs=[io.Custom("CONCEPT_MAPS").Input("maps")],
+            inputs=[io.Custom("CONCEPT_MAPS").Input("maps"), io.Int.Input("seed", default=0)],
             outputs=[io.Custom("CONCEPT_MAPS").Output()],
             hidden=[io.Hidden.unique_id],
-            not_idempotent=True,
         )
 
     @classmethod
-    def execute(cls, maps) -> io.NodeOutput:
+    def execute(cls, maps, seed: int) -> io.NodeOutput:
         recording = core("recording")
         recorder = recording.Recorder(
             maps.concepts, (0, 1), (0, 1), torch.linspace(1, 0, 11), 1, (32, 32), (512, 512), (1.0, 1.0)
