@@ -11,8 +11,10 @@ import { api } from "../../scripts/api.js";
 import { Panel } from "./panel.mjs";
 
 const LIVE_PREVIEW = "ConceptAttention.LivePreview";
+const VIEWER = "ConceptViewer";
 const OPACITY = "opacity";
 const RESULT = "concept_view";
+const DEFAULT_OPACITY = 0.65;
 const HEIGHT = 360;
 
 /** @type {import("./maps.mjs").Loader} */
@@ -47,8 +49,21 @@ function addPanel(node, panel) {
     // In Nodes 2.0 it reaches the graph by itself.
     if (!LiteGraph.vueNodesMode) app.canvas.processMouseWheel(event);
   });
+  // The middle button drags the graph, from here as from everywhere.
+  element.addEventListener("pointerdown", (event) => event.button === 1 && app.canvas.processMouseDown(event));
+  element.addEventListener("pointermove", (event) => event.buttons & 4 && app.canvas.processMouseMove(event));
+  element.addEventListener("pointerup", (event) => event.button === 1 && app.canvas.processMouseUp(event));
   panels.set(node, panel);
   chain(node, "onRemoved", () => panel.dispose());
+  return panel;
+}
+
+/** A panel that comes with the first maps and is not saved. @param {LGraphNode} node */
+function addLivePanel(node) {
+  const settings = { threshold: 0.5, picked: [], opacity: DEFAULT_OPACITY };
+  const panel = addPanel(node, new Panel(load, settings, () => {}));
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   return panel;
 }
 
@@ -60,7 +75,7 @@ function addViewer(node) {
   const settings = () => ({
     threshold: Number(threshold.value),
     picked: splitNames(String(concept.value)),
-    opacity: Number(node.properties[OPACITY] ?? 0.65),
+    opacity: Number(node.properties[OPACITY] ?? DEFAULT_OPACITY),
   });
   const panel = addPanel(
     node,
@@ -76,19 +91,23 @@ function addViewer(node) {
     widget.options.hidden = true;
     chain(widget, "callback", () => panel.set(settings()));
   }
-  chain(node, "onExecuted", (/** @type {any} */ output) => {
-    const [view] = output[RESULT];
-    // Kept in the workflow so that a reloaded page finds the result; it names files and holds no maps.
-    node.properties[RESULT] = view;
-    live.delete(panel);
-    panel.show(view);
-  });
+  chain(node, "onExecuted", (output) => showResult(node, output));
   chain(node, "onConfigure", () => {
     panel.set(settings());
     const view = /** @type {any} */ (node.properties[RESULT]);
     if (view) panel.show(view);
   });
   node.setSize([Math.max(node.size[0], 380), Math.max(node.size[1], 640)]);
+}
+
+/** @param {LGraphNode} node @param {any} output of a run */
+function showResult(node, output) {
+  const [view] = output[RESULT];
+  // Kept in the workflow so that a reloaded page finds the result; it names files and holds no maps.
+  node.properties[RESULT] = view;
+  const panel = /** @type {Panel} */ (panels.get(node));
+  live.delete(panel);
+  panel.show(view);
 }
 
 /**
@@ -119,10 +138,18 @@ function chain(target, method, also) {
 /** A node by the id that it has in a run, as in "5:3" for node 3 in subgraph node 5. @param {string} id */
 function nodeByExecutionId(id) {
   /** @type {any} */
-  let graph = app.rootGraph ?? app.graph;
+  let graph = app.rootGraph;
   const path = id.split(":");
   for (const outer of path.slice(0, -1)) graph = graph?.getNodeById(outer)?.subgraph;
   return /** @type {LGraphNode | undefined} */ (graph?.getNodeById(path[path.length - 1]));
+}
+
+/** A node by where it is: its number, after the id of the subgraph that it is in. @param {string} locator */
+function nodeByLocator(locator) {
+  const [number, subgraph] = locator.split(":").reverse();
+  /** @type {any} */
+  const root = app.rootGraph;
+  return (subgraph ? root.subgraphs.get(subgraph) : root)?.getNodeById(number);
 }
 
 /** @param {LiveMessage} message */
@@ -130,8 +157,7 @@ function showLive(message) {
   for (const id of message.nodes) {
     const node = nodeByExecutionId(id);
     if (!node) continue;
-    const panel =
-      panels.get(node) ?? addPanel(node, new Panel(load, { threshold: 0.5, picked: [], opacity: 0.65 }, () => {}));
+    const panel = panels.get(node) ?? addLivePanel(node);
     live.add(panel);
     panel.showLive(message, previews.get(message.sampler));
   }
@@ -196,6 +222,13 @@ app.registerExtension({
     }
   },
   nodeCreated(node) {
-    if (node.comfyClass === "ConceptViewer") addViewer(node);
+    if (node.comfyClass === VIEWER) addViewer(node);
+  },
+  // An older run from the history, or a return to a workflow that ran in the meantime.
+  onNodeOutputsUpdated(/** @type {Record<string, any>} */ outputs) {
+    for (const [locator, output] of Object.entries(outputs)) {
+      const node = nodeByLocator(locator);
+      if (node?.comfyClass === VIEWER && RESULT in output) showResult(node, output);
+    }
   },
 });

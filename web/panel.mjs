@@ -138,6 +138,9 @@ export class Panel {
     this.frame.addEventListener("pointerleave", () => this.#point(null));
     this.canvas.addEventListener("blur", () => this.#point(null));
     this.canvas.addEventListener("keydown", (event) => this.#walk(event));
+    this.chips.addEventListener("wheel", (event) => {
+      if (this.chips.scrollHeight > this.chips.clientHeight) event.stopPropagation();
+    });
     this.previous.addEventListener("click", () => this.#turn(-1));
     this.next.addEventListener("click", () => this.#turn(1));
     this.reset.addEventListener("click", () => this.#choose({ layers: null, steps: null }));
@@ -490,7 +493,13 @@ export class Panel {
       ...ranked.slice(0, fitting).map(({ name, colour, value }) => {
         const bar = make("i");
         bar.style.setProperty("--share", `${Math.min(1, value)}`);
-        const line = make("div", {}, make("b", { textContent: name }), make("span", { textContent: value.toFixed(3) }), bar);
+        const line = make(
+          "div",
+          {},
+          make("b", { textContent: name }),
+          make("span", { textContent: value.toFixed(3) }),
+          bar,
+        );
         line.style.setProperty("--colour", colour);
         return line;
       }),

@@ -5,39 +5,17 @@ from __future__ import annotations
 import importlib
 import time
 
+import nodes
 import torch
 from comfy_api.latest import ComfyExtension, io
-from torch.nn import functional as F
 
-import nodes
-
-CONCEPTS = ("dragon", "rock", "sky", "sun", "<img src=x onerror=alert(1)>", "hot air balloon over the sea")
-LAYERS, STEPS = 19, 28
+from . import made_up
 
 
 def core(module: str):
     """A module of the plugin, which ComfyUI has loaded under a name of its own."""
     package = nodes.NODE_CLASS_MAPPINGS["ConceptViewer"].__module__.rsplit(".nodes.", 1)[0]
     return importlib.import_module(f"{package}.core.{module}")
-
-
-def scores(batch: int, rows: int, columns: int, steps: int = STEPS, layers: int = LAYERS, seed: int = 0):
-    """One (L, B, K, h, w) per step: blobs that become clearer over the steps and differ between layers."""
-    g = torch.Generator().manual_seed(seed)
-    count = len(CONCEPTS)
-
-    def blobs(size: int, *lead: int) -> torch.Tensor:
-        noise = torch.randn(*lead, size, size, generator=g)
-        return F.interpolate(noise.reshape(-1, 1, size, size), (rows, columns), mode="bicubic").reshape(
-            *lead, rows, columns
-        )
-
-    shape, detail = blobs(5, 1, batch, count), blobs(16, layers, batch, count)
-    return [
-        (6 * shape + detail) * (0.2 + 0.8 * step / steps)
-        + 0.2 * torch.randn(layers, batch, count, rows, columns, generator=g)
-        for step in range(steps)
-    ]
 
 
 class MadeUpMaps(io.ComfyNode):
@@ -56,19 +34,12 @@ class MadeUpMaps(io.ComfyNode):
 
     @classmethod
     def execute(cls, batch: int, rows: int, columns: int, softmax: bool) -> io.NodeOutput:
-        size = rows * 16, columns * 16
-        recording = core("recording").Recording(
-            concepts=core("concepts").Concepts(CONCEPTS[:-1], CONCEPTS[-1:]),
-            layers=tuple(range(LAYERS)),
-            default_layers=(15, 16, 17, 18),
-            sigmas=tuple(1 - step / STEPS for step in range(STEPS)),
-            steps=tuple(range(STEPS)),
-            scores={"output": tuple(scores(batch, rows, columns))},
-            image_size=size,
-            coverage=(1.0, 1.0),
+        recording = made_up.recording(
+            core("recording").Recording, core("concepts").Concepts, batch, rows, columns
         )
         maps = core("maps").concept_maps(recording, softmax=softmax)
-        ramp = torch.stack(torch.meshgrid(*(torch.linspace(0, 1, n) for n in size), indexing="ij"), -1)
+        axes = (torch.linspace(0, 1, n) for n in recording.image_size)
+        ramp = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
         waves = 0.5 + 0.2 * torch.sin(24 * ramp.sum(-1, keepdim=True))
         image = torch.cat([ramp, waves], -1).expand(batch, -1, -1, -1)
         return io.NodeOutput(maps, image)
@@ -84,6 +55,7 @@ class MadeUpRun(io.ComfyNode):
             inputs=[io.Custom("CONCEPT_MAPS").Input("maps"), io.Int.Input("seed", default=0)],
             outputs=[io.Custom("CONCEPT_MAPS").Output()],
             hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
@@ -94,11 +66,9 @@ class MadeUpRun(io.ComfyNode):
         )
         package = core("recording").__name__.rsplit(".core.", 1)[0]
         listener = importlib.import_module(f"{package}.nodes.browser").live_maps(cls.hidden.unique_id)
-        for made_up in scores(1, 32, 32, steps=10, layers=2):
+        for scores in made_up.scores(1, 32, 32, steps=10, layers=2):
             evaluation = recorder.evaluation(torch.ones(1))
-            recorder.add(
-                evaluation, recording.Pass(slice(0, 1), (0, 0), (0, 1), {"output": made_up}, copied=None)
-            )
+            recorder.add(evaluation, recording.Pass(slice(0, 1), (0, 0), (0, 1), {"output": scores}))
             listener(recorder)
             time.sleep(0.2)
         return io.NodeOutput(maps)
