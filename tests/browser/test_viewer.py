@@ -81,12 +81,11 @@ class Viewer:
             "window.app?.extensionManager && !!window.LiteGraph?.registered_node_types.ConceptViewer"
         )
 
-    def load(self, **nodes: dict) -> None:
-        graph = {
-            "1": {
-                "class_type": "TestMadeUpMaps",
-                "inputs": {"batch": BATCH, "rows": ROWS, "columns": COLUMNS},
-            },
+    @staticmethod
+    def graph() -> dict:
+        size = {"batch": BATCH, "rows": ROWS, "columns": COLUMNS}
+        return {
+            "1": {"class_type": "TestMadeUpMaps", "inputs": {**size, "softmax": True}},
             "2": {
                 "class_type": "ConceptViewer",
                 "inputs": {"maps": ["1", 0], "image": ["1", 1], "threshold": 0.5, "concept": ""},
