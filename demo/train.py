@@ -424,7 +424,7 @@ def main() -> None:
         prompts = [s.prompt if rng.random() > 0.12 else "" for s in scenes]
         x0 = data.latents[torch.from_numpy(picked)].float()
         noise = torch.randn_like(x0)
-        sigma = torch.sigmoid(torch.randn(args.batch) * 1.2 + 0.2)
+        sigma = torch.sigmoid(torch.randn(args.batch) * 1.2 + 0.5)
         xt = torch.lerp(x0, noise, sigma[:, None, None, None])
         with torch.autocast("cpu", torch.bfloat16):
             context, pooled = text.prompts(prompts)

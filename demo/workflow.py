@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import comfyui
 
 SIZE = 256  # of the demo model's pictures
+CFG = 3.0  # unlike Flux.1 dev, the demo model has no guidance of its own
 NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 
@@ -16,9 +17,12 @@ Graph = dict[str, dict]
 
 
 def swap(workflow: dict) -> dict:
-    """A workflow file with the demo's model, text encoder, VAE and image size in place of Flux.1's."""
+    """A workflow file with the demo's model, text encoder, VAE, guidance and image size in place of
+    Flux.1's."""
     workflow = copy.deepcopy(workflow)
-    for node in workflow["nodes"]:
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    (encoder,) = (node for node in nodes.values() if node["type"] == "DualCLIPLoader")
+    for node in nodes.values():
         kind, values = node["type"], node["widgets_values"]
         node["properties"].pop("models", None)
         if kind == "UNETLoader":
@@ -29,6 +33,15 @@ def swap(workflow: dict) -> dict:
             node["type"], node["widgets_values"] = "ConceptDemoTextEncoder", []
         elif kind == "EmptySD3LatentImage":
             values[:2] = [SIZE, SIZE]
+        elif kind == "KSampler":
+            values[3] = CFG
+        elif kind == "ConditioningZeroOut":  # the model was trained with empty prompts, not with zeros
+            node["type"], node["widgets_values"] = "CLIPTextEncode", [""]
+            (link,) = (link for link in workflow["links"] if link[3] == node["id"])
+            nodes[link[1]]["outputs"][link[2]]["links"].remove(link[0])
+            encoder["outputs"][0]["links"].append(link[0])
+            link[1], link[2], link[5] = encoder["id"], 0, "CLIP"
+            node["inputs"] = [{"name": "clip", "type": "CLIP", "link": link[0]}]
     return workflow
 
 
