@@ -8,7 +8,6 @@ from ..core.architectures import family_of
 from ..core.concepts import POOLINGS, encode_concepts, parse_concepts, split_names
 from ..core.observe import observe
 from ..core.recording import parse_layers
-from .browser import live_maps
 from .types import CATEGORY
 
 
@@ -82,7 +81,6 @@ class ConceptAttention(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -113,5 +111,4 @@ class ConceptAttention(io.ComfyNode):
         if record_value:
             spaces.append("value")
         tokens = encode_concepts(clip, parsed.all, token_pooling, family.token_width(diffusion_model))
-        listener = live_maps(cls.hidden.unique_id) if cls.hidden else None
-        return io.NodeOutput(observe(model, parsed, tokens, layers=layers, spaces=spaces, listener=listener))
+        return io.NodeOutput(observe(model, parsed, tokens, layers=layers, spaces=spaces))
