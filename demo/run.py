@@ -22,9 +22,9 @@ sys.path.insert(0, str(comfyui.ROOT))
 from core.concepts import split_names
 
 WORKFLOW = comfyui.ROOT / "example_workflows" / "concept_mask_to_inpaint.json"
-PROMPT = "a cat and a red ball on the grass under the sky"
-CONCEPTS = "cat, ball, grass, sky"
-INTO = "tree"
+PROMPT = "a boat and a red mushroom on the water under the sky"
+CONCEPTS = "mushroom, boat, water, sky"
+INTO = "house"
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--concepts", default=CONCEPTS, help="separated by commas")
     parser.add_argument("--repaint", metavar="CONCEPT", help="the concept to repaint (default: the first)")
     parser.add_argument("--into", metavar="THING", default=INTO, help="what to repaint it into (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--out", type=Path, default=comfyui.ROOT / "out", help="folder (%(default)s)")
     args = parser.parse_args()
     try:
@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         content = workflow.swap(json.loads(WORKFLOW.read_text("utf-8")))
         graph = workflow.to_api(content, server.get("/object_info"))
         fill_in(graph, args.prompt, args.concepts, repainted, args.into, args.seed)
-        options = workflow.inputs(graph, "Concept Mask") | {"concept": "", "grow": 0, "feather": 0}
+        plain = {"concept": "", "fill_holes": False, "grow": 0, "feather": 0}
+        options = workflow.inputs(graph, "Concept Mask") | plain
         every = workflow.add(graph, "Mask of every concept", "ConceptMask", **options)
         workflow.add(graph, "Masks", "MaskPreview", mask=[every, 0])
 

@@ -57,7 +57,7 @@ class ConceptMask(io.ComfyNode):
                     default=False,
                     tooltip="Inside the mask, keep the map's values instead of 1.",
                 ),
-                io.Boolean.Input("fill_holes", default=True),
+                io.Boolean.Input("fill_holes", default=False, tooltip="Include what the mask encloses."),
                 io.Float.Input(
                     "smallest_area",
                     default=0.0,

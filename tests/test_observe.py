@@ -983,15 +983,14 @@ def by_the_stock_node(model: ModelPatcher) -> ModelPatcher:
 
 def block_by_block(model: ModelPatcher) -> ModelPatcher:
     compiled = model.clone()
-    blocks = [f"diffusion_model.double_blocks.{i}" for i in range(2)]
-    set_torch_compile_wrapper(compiled, "eager", keys=blocks)
+    set_torch_compile_wrapper(compiled, "eager", keys=["diffusion_model.double_blocks.0"])
     return compiled
 
 
-@pytest.mark.parametrize("compile_model,depth", [(by_the_stock_node, 1), (block_by_block, 2)])
-def test_a_compiled_model_is_recorded_and_stays_usable(compile_model, depth):
+@pytest.mark.parametrize("compile_model", [by_the_stock_node, block_by_block])
+def test_a_compiled_model_is_recorded_and_stays_usable(compile_model):
     torch._dynamo.reset()
-    model = random_flux(depth=depth)
+    model = random_flux(depth=1)
     expected = recording(sample(observed(model), steps=2))
     compiled = compile_model(model)
     runs = [
