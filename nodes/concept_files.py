@@ -25,7 +25,11 @@ class ConceptMapsSave(io.ComfyNode):
             search_aliases=["export concept maps", "save recording", "safetensors"],
             inputs=[
                 ConceptMapsType.Input("maps"),
-                io.String.Input("filename_prefix", default="concept_maps/ComfyUI"),
+                io.String.Input(
+                    "filename_prefix",
+                    default="concept_maps/ComfyUI",
+                    tooltip="In the output folder; may name a subfolder.",
+                ),
             ],
             is_output_node=True,
         )
@@ -56,7 +60,7 @@ class ConceptMapsLoad(io.ComfyNode):
                 "Connect them to Concept Saliency to choose other layers or steps."
             ),
             search_aliases=["import concept maps", "load recording", "safetensors"],
-            inputs=[io.Combo.Input("file", options=_files())],
+            inputs=[io.Combo.Input("file", options=_files(), tooltip=f'The files that end in "{SUFFIX}".')],
             outputs=[ConceptMapsType.Output(display_name="maps")],
         )
 
