@@ -44,6 +44,7 @@ def observe(
     attend_image: bool = True,
     attend_concepts: bool = True,
     budget: int = BUDGET,
+    listener: Callable[[Recorder], None] | None = None,
 ) -> ModelPatcher:
     """A clone of ``model`` whose sampling runs are recorded; ``recording_of`` finds them by LATENT.
 
@@ -55,6 +56,7 @@ def observe(
         spaces: what to record, out of ``stream.SPACES``.
         attend_image, attend_concepts: see ``ConceptStream``.
         budget: bytes that one recording may take before it keeps the default layers only.
+        listener: called after every evaluation with what is being recorded.
 
     Raises:
         ValueError: the model is of no supported family, or a layer or space does not exist.
@@ -76,7 +78,7 @@ def observe(
         attend_image=attend_image,
         attend_concepts=attend_concepts,
     )
-    observer = _Observer(family, concepts, recorded, stream, budget)
+    observer = _Observer(family, concepts, recorded, stream, budget, listener)
     observed = model.clone()
     for kind in WRAPPERS:
         observed.remove_wrappers_with_key(kind, KEY)
@@ -96,12 +98,14 @@ class _Observer:
         layers: tuple[int, ...],
         stream: Callable[..., ConceptStream],
         budget: int,
+        listener: Callable[[Recorder], None] | None,
     ) -> None:
         self.family = family
         self.stream = stream
         self._concepts = concepts
         self._layers = layers
         self._budget = budget
+        self._listener = listener
         self._runs: weakref.WeakKeyDictionary[CFGGuider, Recorder] = weakref.WeakKeyDictionary()
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
@@ -160,9 +164,20 @@ class _Observer:
         options["sampler_pre_cfg_function"] = [disarm, *options.get("sampler_pre_cfg_function", [])]
         try:
             with _eager(options):
-                return executor(x, timestep, options, seed)
+                out = executor(x, timestep, options, seed)
         finally:
             evaluation.armed = False
+        self._tell(recorder)
+        return out
+
+    def _tell(self, recorder: Recorder) -> None:
+        if self._listener is None or recorder.failure is not None:
+            return
+        try:
+            self._listener(recorder)
+        except Exception:
+            logging.warning("Concept Attention stops showing maps while sampling.", exc_info=True)
+            self._listener = None
 
     def diffusion_model(
         self,

@@ -165,6 +165,11 @@ class Evaluation:
     passes: list[Pass] = field(default_factory=list)
     seen: set = field(default_factory=set)
 
+    @property
+    def arrived(self) -> bool:
+        """Whether its scores are on the CPU. Does not wait for them."""
+        return all(recorded.copied is None or recorded.copied.query() for recorded in self.passes)
+
     def wait(self) -> None:
         for recorded in self.passes:
             if recorded.copied is not None:
@@ -196,11 +201,11 @@ class Recorder:
         self.batch = batch
         self.grid = grid
         self.failure: str | None = None
-        self._concepts = concepts
+        self.concepts = concepts
+        self.coverage = coverage
         self._default_layers = tuple(layer for layer in default_layers if layer in layers) or layers
         self._schedule = [float(s) for s in sigmas]
         self._image_size = image_size
-        self._coverage = coverage
         self._budget = budget
         self._bytes = 0
         self._evaluations: list[Evaluation] = []
@@ -219,6 +224,20 @@ class Recorder:
             self._bytes += sum(s.nbytes for s in recorded.scores.values())
             if self._bytes > self._budget and self.layers != self._default_layers:
                 self._thin()
+
+    def arrived(self, start: int) -> tuple[list[Tensor], int]:
+        """Scores (L, B, K, h, w) of the default layers, in the first space recorded, of the evaluations from
+        number ``start`` on that are on the CPU by now; and the number of the next."""
+        scores = []
+        with self._lock:
+            index = [self.layers.index(layer) for layer in self._default_layers]
+            for evaluation in self._evaluations[start:]:
+                if not evaluation.arrived:
+                    break
+                if evaluation.passes:
+                    scores.append(self._merged(evaluation, next(iter(evaluation.passes[0].scores)))[index])
+                start += 1
+        return scores, start
 
     def fail(self, reason: str) -> None:
         """Give up recording: the image goes on, and the reason is raised when maps are asked for."""
@@ -257,20 +276,20 @@ class Recorder:
         sigmas = [float(e.sigma.flatten()[0]) for e in evaluations]
         spaces = evaluations[0].passes[0].scores
         return Recording(
-            concepts=self._concepts,
+            concepts=self.concepts,
             layers=self.layers,
             default_layers=self._default_layers,
             sigmas=tuple(sigmas),
             steps=tuple(_step(self._schedule, sigma) for sigma in sigmas),
             scores={space: tuple(self._merged(e, space) for e in evaluations) for space in spaces},
             image_size=self._image_size,
-            coverage=self._coverage,
+            coverage=self.coverage,
         )
 
     def _merged(self, evaluation: Evaluation, space: str) -> Tensor:
         """The mean of the passes over each patch: several conditionings, areas or context windows."""
         first = evaluation.passes[0].scores[space]
-        whole = (len(self.layers), self.batch, len(self._concepts.all), *self.grid)
+        whole = (len(self.layers), self.batch, len(self.concepts.all), *self.grid)
         if len(evaluation.passes) == 1 and first.shape == whole:
             return first
         total, count = torch.zeros(whole), torch.zeros(self.batch, 1, *self.grid)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from .browser import add_routes
 from .concept_attention import ConceptAttention
 from .concept_figure import ConceptFigure
 from .concept_files import ConceptMapsLoad, ConceptMapsSave
@@ -10,9 +11,14 @@ from .concept_mask import ConceptMask
 from .concept_overlay import ConceptOverlay
 from .concept_saliency import ConceptSaliency
 from .concept_segmentation import ConceptSegmentation
+from .concept_viewer import ConceptViewer
 
 
 class ConceptAttentionExtension(ComfyExtension):
+    @override
+    async def on_load(self) -> None:
+        add_routes()
+
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -24,6 +30,7 @@ class ConceptAttentionExtension(ComfyExtension):
             ConceptFigure,
             ConceptMapsSave,
             ConceptMapsLoad,
+            ConceptViewer,
         ]
 
 

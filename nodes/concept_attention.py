@@ -8,6 +8,7 @@ from ..core.architectures import family_of
 from ..core.concepts import POOLINGS, encode_concepts, parse_concepts, split_names
 from ..core.observe import observe
 from ..core.recording import parse_layers
+from .browser import live_maps
 from .types import CATEGORY
 
 
@@ -81,6 +82,7 @@ class ConceptAttention(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -111,4 +113,5 @@ class ConceptAttention(io.ComfyNode):
         if record_value:
             spaces.append("value")
         tokens = encode_concepts(clip, parsed.all, token_pooling, family.token_width(diffusion_model))
-        return io.NodeOutput(observe(model, parsed, tokens, layers=layers, spaces=spaces))
+        listener = live_maps(cls.hidden.unique_id) if cls.hidden else None
+        return io.NodeOutput(observe(model, parsed, tokens, layers=layers, spaces=spaces, listener=listener))

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..core.maps import ConceptMaps
+from ..core.palette import hex_colours
+from ..core.transport import pack, picture
+from .browser import publish
+from .types import CATEGORY, ConceptMapsType
+
+
+class ConceptViewer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptViewer",
+            display_name="Concept Viewer",
+            category=CATEGORY,
+            description=(
+                "Shows concept maps on the picture: point at it to see which concepts live there, pick "
+                "concepts and a threshold, and look through layers and steps. Nothing is sampled again."
+            ),
+            search_aliases=[
+                "concept attention",
+                "saliency viewer",
+                "heatmap viewer",
+                "interactive",
+                "explore",
+            ],
+            inputs=[
+                ConceptMapsType.Input("maps"),
+                io.Image.Input("image", optional=True, tooltip="The picture that the maps belong to."),
+                io.Float.Input(
+                    "threshold",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    socketless=True,
+                    tooltip="Where the outlines run.",
+                ),
+                io.String.Input(
+                    "concept",
+                    default="",
+                    socketless=True,
+                    dynamic_prompts=False,
+                    tooltip="The concepts picked, separated by commas. Empty: all of them.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output(
+                    display_name="threshold",
+                    tooltip='For the method "fixed" of Concept Mask: its mask is what the outline shows.',
+                ),
+                io.String.Output(display_name="concept", tooltip="For the concept of Concept Mask."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        maps: ConceptMapsType.Type,
+        threshold: float,
+        concept: str,
+        image: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        count = len(maps.values)
+        if image is not None and len(image) not in (1, count):
+            raise ValueError(f"Concept Viewer has {count} maps and {len(image)} images; they do not match.")
+        pictures = [None] * count if image is None else [_saved(picture(i), "jpg") for i in image]
+        if len(pictures) < count:
+            pictures *= count
+        view = {
+            **_description(maps),
+            "key": publish(maps),
+            "images": [
+                {"maps": _saved(pack(values[None]), "maps"), "picture": pictures[i]}
+                for i, values in enumerate(maps.values)
+            ],
+        }
+        return io.NodeOutput(threshold, concept, ui={"concept_view": [view]})
+
+
+def _description(maps: ConceptMaps) -> dict:
+    recording = maps.recording
+    return {
+        "concepts": maps.concepts.all,
+        "colours": hex_colours(len(maps.concepts.all)),
+        "shown": len(maps.concepts.names),
+        "size": maps.image_size,
+        "grid": maps.values.shape[-2:],
+        "coverage": maps.coverage,
+        "softmax": maps.softmax,
+        "layers": recording.layers,
+        "steps": recording.steps,
+        "sigmas": [round(sigma, 4) for sigma in recording.sigmas],
+        "chosen_layers": maps.layers,
+        "chosen_steps": maps.steps,
+    }
+
+
+def _saved(content: bytes, extension: str) -> dict:
+    """A new file in ComfyUI's temporary folder, as ``/view`` finds it."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"concept_viewer_{uuid.uuid4().hex}.{extension}"
+    (folder / name).write_bytes(content)
+    return {"filename": name, "subfolder": "", "type": "temp"}

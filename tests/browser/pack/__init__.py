@@ -1,0 +1,84 @@
+"""Nodes that stand in for a model and a sampler: a made-up recording, and a run that is listened to."""
+
+from __future__ import annotations
+
+import importlib
+import time
+
+import torch
+from comfy_api.latest import ComfyExtension, io
+
+import nodes
+
+from . import made_up
+
+
+def core(module: str):
+    """A module of the plugin, which ComfyUI has loaded under a name of its own."""
+    package = nodes.NODE_CLASS_MAPPINGS["ConceptViewer"].__module__.rsplit(".nodes.", 1)[0]
+    return importlib.import_module(f"{package}.core.{module}")
+
+
+class MadeUpMaps(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TestMadeUpMaps",
+            inputs=[
+                io.Int.Input("batch", default=1),
+                io.Int.Input("rows", default=64),
+                io.Int.Input("columns", default=64),
+                io.Boolean.Input("softmax", default=True),
+            ],
+            outputs=[io.Custom("CONCEPT_MAPS").Output(), io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, batch: int, rows: int, columns: int, softmax: bool) -> io.NodeOutput:
+        recording = made_up.recording(
+            core("recording").Recording, core("concepts").Concepts, batch, rows, columns
+        )
+        maps = core("maps").concept_maps(recording, softmax=softmax)
+        axes = (torch.linspace(0, 1, n) for n in recording.image_size)
+        ramp = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+        waves = 0.5 + 0.2 * torch.sin(24 * ramp.sum(-1, keepdim=True))
+        image = torch.cat([ramp, waves], -1).expand(batch, -1, -1, -1)
+        return io.NodeOutput(maps, image)
+
+
+class MadeUpRun(io.ComfyNode):
+    """A run of two seconds that is listened to."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TestMadeUpRun",
+            inputs=[io.Custom("CONCEPT_MAPS").Input("maps"), io.Int.Input("seed", default=0)],
+            outputs=[io.Custom("CONCEPT_MAPS").Output()],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, maps, seed: int) -> io.NodeOutput:
+        recording = core("recording")
+        recorder = recording.Recorder(
+            maps.concepts, (0, 1), (0, 1), torch.linspace(1, 0, 11), 1, (32, 32), (512, 512), (1.0, 1.0)
+        )
+        package = core("recording").__name__.rsplit(".core.", 1)[0]
+        listener = importlib.import_module(f"{package}.nodes.browser").live_maps(cls.hidden.unique_id)
+        for scores in made_up.scores(1, 32, 32, steps=10, layers=2):
+            evaluation = recorder.evaluation(torch.ones(1))
+            recorder.add(evaluation, recording.Pass(slice(0, 1), (0, 0), (0, 1), {"output": scores}))
+            listener(recorder)
+            time.sleep(0.2)
+        return io.NodeOutput(maps)
+
+
+class TestPack(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [MadeUpMaps, MadeUpRun]
+
+
+async def comfy_entrypoint() -> TestPack:
+    return TestPack()

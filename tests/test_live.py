@@ -1,0 +1,96 @@
+"""Maps while a model samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from concept_attention.core.concepts import Concepts
+from concept_attention.core.live import LiveMaps
+from concept_attention.core.maps import heatmaps
+from concept_attention.core.observe import observe
+from concept_attention.core.recording import Pass, Recorder, recording_of
+from tiny_flux import CONCEPTS, concept_tokens, random_flux, sample
+
+
+class Arrival:
+    """Stands in for a CUDA event."""
+
+    def __init__(self) -> None:
+        self.happened = False
+
+    def query(self) -> bool:
+        return self.happened
+
+    def synchronize(self) -> None:
+        raise AssertionError("waited for the GPU")
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    concepts = Concepts(("a", "b"), ("c",))
+    return Recorder(concepts, (0, 1, 2), (1, 2), torch.linspace(1, 0, 5), 1, (4, 4), (64, 64), (1.0, 1.0))
+
+
+def record(recorder: Recorder, scores: torch.Tensor, copied: Arrival | None = None) -> None:
+    evaluation = recorder.evaluation(torch.ones(1))
+    recorder.add(evaluation, Pass(slice(0, 1), (0, 0), (0, 1, 2), {"output": scores}, copied))
+
+
+def test_maps_so_far_are_the_mean_over_evaluations_and_default_layers(recorder):
+    sent = []
+    listener = LiveMaps(sent.append, lambda: True, interval=0)
+    scores = torch.randn(3, 3, 1, 3, 4, 4)
+    for evaluation in scores:
+        record(recorder, evaluation)
+        listener(recorder)
+    assert [s.evaluations for s in sent] == [1, 2, 3]
+    assert torch.allclose(sent[-1].values, scores[:, 1:, 0].softmax(2).mean((0, 1)), atol=1e-6)
+
+
+def test_scores_still_on_their_way_from_the_gpu_are_not_waited_for(recorder):
+    sent = []
+    listener = LiveMaps(sent.append, lambda: True, interval=0)
+    record(recorder, torch.randn(3, 1, 3, 4, 4))
+    on_its_way = Arrival()
+    record(recorder, torch.randn(3, 1, 3, 4, 4), on_its_way)
+    listener(recorder)
+    assert sent[-1].evaluations == 1
+    on_its_way.happened = True
+    listener(recorder)
+    assert sent[-1].evaluations == 2
+
+
+def test_nothing_is_sent_more_often_than_the_interval_or_while_nobody_listens(recorder):
+    sent, listening = [], False
+    listener = LiveMaps(sent.append, lambda: listening, interval=60)
+    record(recorder, torch.randn(3, 1, 3, 4, 4))
+    listener(recorder)
+    assert not sent
+    listening = True
+    for _ in range(3):
+        record(recorder, torch.randn(3, 1, 3, 4, 4))
+        listener(recorder)
+    assert len(sent) == 1
+
+
+def test_listening_leaves_the_samples_as_they_are():
+    model = random_flux()
+    sent = []
+    listener = LiveMaps(sent.append, lambda: True, interval=0)
+    samples = sample(observe(model, CONCEPTS, concept_tokens(), listener=listener))
+    assert torch.equal(samples, sample(model))
+    assert torch.allclose(sent[-1].values, heatmaps(recording_of({"samples": samples}))[0], atol=1e-6)
+
+
+def test_a_listener_that_fails_costs_neither_the_picture_nor_the_recording(caplog):
+    calls = []
+
+    def listener(recorder):
+        calls.append(recorder)
+        raise OSError("the browser is gone")
+
+    samples = sample(observe(random_flux(), CONCEPTS, concept_tokens(), listener=listener))
+    assert len(calls) == 1
+    assert len(recording_of({"samples": samples}).steps) == 3
+    assert "stops showing maps" in caplog.text

@@ -1,0 +1,142 @@
+/**
+ * Concept maps from the server's packets (core/transport.py), and means over recorded maps.
+ *
+ * @typedef {{filename: string, subfolder: string, type: string}} TemporaryFile
+ *
+ * What a run of Concept Viewer sends. `grid` is rows and columns; `coverage` the share of the grid's height
+ * and width that the picture covers; `steps` and `sigmas` have one entry per evaluation of the model.
+ * @typedef {object} View
+ * @property {string} key
+ * @property {string[]} concepts background concepts last
+ * @property {string[]} colours
+ * @property {number} shown how many concepts are not background
+ * @property {[number, number]} size height and width of the picture
+ * @property {[number, number]} grid
+ * @property {[number, number]} coverage
+ * @property {boolean} softmax
+ * @property {number[]} layers
+ * @property {number[]} steps
+ * @property {number[]} sigmas
+ * @property {number[]} chosen_layers
+ * @property {number[]} chosen_steps
+ * @property {{maps: TemporaryFile, picture: TemporaryFile | null}[]} images
+ *
+ * @typedef {object} Loader
+ * @property {(file: TemporaryFile) => Promise<Response>} file
+ * @property {(key: string, image: number, frames: string) => Promise<Response>} frames
+ */
+
+/** Frames of quantised maps. */
+export class Frames {
+  /** @param {ArrayBuffer} packet @param {number} size values per frame */
+  constructor(packet, size) {
+    const header = new DataView(packet);
+    this.low = header.getFloat32(0, true);
+    this.step = (header.getFloat32(4, true) - this.low) / 255;
+    this.size = size;
+    this.levels = new Uint8Array(packet, 8);
+    for (let i = size; i < this.levels.length; i++) this.levels[i] += this.levels[i - size];
+  }
+
+  /** @param {Float32Array} total @param {Iterable<number>} frames to add to it, value by value */
+  addTo(total, frames) {
+    const { levels, low, step, size } = this;
+    for (const frame of frames) {
+      const start = frame * size;
+      for (let i = 0; i < size; i++) total[i] += low + levels[start + i] * step;
+    }
+  }
+}
+
+/** @param {Blob} packet @param {number} size values per frame */
+export async function unpack(packet, size) {
+  const stream = packet.stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Frames(await new Response(stream).arrayBuffer(), size);
+}
+
+/** The recorded maps of one image, fetched when somebody looks at them. */
+export class RecordedMaps {
+  /** @type {Map<string, Promise<Frames>>} */
+  #fetched = new Map();
+
+  /** @param {View} view @param {number} image @param {Loader} load */
+  constructor(view, image, load) {
+    this.view = view;
+    this.image = image;
+    this.load = load;
+    this.size = view.concepts.length * view.grid[0] * view.grid[1];
+  }
+
+  /**
+   * The mean over layers and evaluations. One packet serves every choice of layers as long as the steps are
+   * those that the node was given, and one every choice of steps; else a packet is fetched for each layer.
+   * @param {number[]} layers @param {number[]} evaluations
+   */
+  async mean(layers, evaluations) {
+    const { view } = this;
+    const values = new Float32Array(this.size);
+    const givenLayers = same(layers, view.chosen_layers);
+    const givenSteps = same(evaluations, chosenEvaluations(view));
+    if (givenLayers && givenSteps) {
+      (await this.#frames("chosen")).addTo(values, [0]);
+      return values;
+    }
+    let count;
+    if (givenSteps) {
+      const indexes = layers.map((layer) => view.layers.indexOf(layer));
+      (await this.#frames("layers")).addTo(values, indexes);
+      count = layers.length;
+    } else if (givenLayers) {
+      (await this.#frames("evaluations")).addTo(values, evaluations);
+      count = evaluations.length;
+    } else {
+      const packets = await Promise.all(layers.map((layer) => this.#frames(`${layer}`)));
+      for (const frames of packets) frames.addTo(values, evaluations);
+      count = layers.length * evaluations.length;
+    }
+    return view.softmax ? values.map((v) => v / count) : stretched(values);
+  }
+
+  /** @param {string} name */
+  #frames(name) {
+    let frames = this.#fetched.get(name);
+    if (!frames) {
+      frames = this.#fetch(name);
+      this.#fetched.set(name, frames);
+      frames.catch(() => this.#fetched.delete(name));
+    }
+    return frames;
+  }
+
+  /** @param {string} name */
+  async #fetch(name) {
+    const { view, image, load } = this;
+    const response = await (name === "chosen"
+      ? load.file(view.images[image].maps)
+      : load.frames(view.key, image, name));
+    if (!response.ok) throw new Error("ComfyUI no longer has these maps. Queue again to see them.");
+    return unpack(await response.blob(), this.size);
+  }
+}
+
+/** The evaluations in the steps that the node was given. @param {View} view */
+export function chosenEvaluations(view) {
+  return [...view.steps.keys()].filter((i) => view.chosen_steps.includes(view.steps[i]));
+}
+
+/** @param {number[]} a @param {number[]} b */
+export function same(a, b) {
+  return a.length === b.length && a.every((value, i) => value === b[i]);
+}
+
+/** Raw scores as maps in 0..1, the way core/maps.py scales them. @param {Float32Array} values */
+function stretched(values) {
+  let low = Infinity;
+  let high = -Infinity;
+  for (const v of values) {
+    if (v < low) low = v;
+    if (v > high) high = v;
+  }
+  const span = high > low ? high - low : 1;
+  return values.map((v) => (v - low) / span);
+}

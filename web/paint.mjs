@@ -1,0 +1,168 @@
+/**
+ * Concept maps as pixels and outlines.
+ *
+ * @typedef {object} Maps
+ * @property {Float32Array} values concepts x rows x columns, in 0..1
+ * @property {[number, number]} grid rows and columns
+ * @property {[number, number]} coverage the share of the grid that the picture covers
+ */
+
+/** Pixels along the longer side of a field. */
+const DETAIL = 512;
+
+/** One concept's map at the resolution that it is drawn in. */
+export class Field {
+  /** @param {Maps} maps @param {number} concept */
+  constructor({ values, grid: [rows, columns], coverage }, concept) {
+    const height = rows * coverage[0];
+    const width = columns * coverage[1];
+    const detail = DETAIL / Math.max(height, width);
+    this.height = Math.round(height * detail);
+    this.width = Math.round(width * detail);
+    this.values = new Float32Array(this.height * this.width);
+    const x = samples(this.width, width, columns);
+    const y = samples(this.height, height, rows);
+    const line = new Float32Array(columns);
+    for (let i = 0; i < this.height; i++) {
+      const above = (concept * rows + y.from[i]) * columns;
+      const below = (concept * rows + y.to[i]) * columns;
+      for (let j = 0; j < columns; j++) {
+        line[j] = values[above + j] + (values[below + j] - values[above + j]) * y.share[i];
+      }
+      const start = i * this.width;
+      for (let j = 0; j < this.width; j++) {
+        this.values[start + j] = line[x.from[j]] + (line[x.to[j]] - line[x.from[j]]) * x.share[j];
+      }
+    }
+  }
+
+  /** The share of the picture where the map is above a threshold. @param {number} threshold */
+  area(threshold) {
+    let count = 0;
+    for (const v of this.values) if (v > threshold) count++;
+    return count / this.values.length;
+  }
+
+  /**
+   * Where the map crosses a threshold (marching squares), in the field's pixels.
+   * @param {number} threshold
+   */
+  outline(threshold) {
+    const { values, width, height } = this;
+    const path = new Path2D();
+    for (let i = 0; i + 1 < height; i++) {
+      for (let j = 0; j + 1 < width; j++) {
+        const k = i * width + j;
+        const a = values[k] - threshold;
+        const b = values[k + 1] - threshold;
+        const c = values[k + width + 1] - threshold;
+        const d = values[k + width] - threshold;
+        const corners = +(a > 0) | (+(b > 0) << 1) | (+(c > 0) << 2) | (+(d > 0) << 3);
+        if (corners === 0 || corners === 15) continue;
+        const x = j + 0.5;
+        const y = i + 0.5;
+        // where it crosses the top, right, bottom and left side of the cell
+        const sides = [
+          [x + a / (a - b), y],
+          [x + 1, y + b / (b - c)],
+          [x + d / (d - c), y + 1],
+          [x, y + a / (a - d)],
+        ];
+        for (const [from, to] of CROSSINGS[corners]) {
+          path.moveTo(sides[from][0], sides[from][1]);
+          path.lineTo(sides[to][0], sides[to][1]);
+        }
+      }
+    }
+    return path;
+  }
+}
+
+/** The sides (top, right, bottom, left) that an outline joins, by which corners are inside. */
+const CROSSINGS = [
+  [], [[3, 0]], [[0, 1]], [[3, 1]], [[1, 2]], [[3, 0], [1, 2]], [[0, 2]], [[3, 2]],
+  [[2, 3]], [[2, 0]], [[0, 1], [2, 3]], [[2, 1]], [[1, 3]], [[1, 0]], [[0, 3]], [],
+];
+
+/**
+ * Neighbours to interpolate between, as torch's bilinear `interpolate` takes them (corners not aligned).
+ * @param {number} count @param {number} patches that they cover @param {number} limit patches that there are
+ */
+function samples(count, patches, limit) {
+  const from = new Uint16Array(count);
+  const to = new Uint16Array(count);
+  const share = new Float32Array(count);
+  for (let i = 0; i < count; i++) {
+    const at = Math.min(Math.max(((i + 0.5) * patches) / count - 0.5, 0), limit - 1);
+    from[i] = Math.floor(at);
+    to[i] = Math.min(from[i] + 1, limit - 1);
+    share[i] = at - from[i];
+  }
+  return { from, to, share };
+}
+
+/**
+ * One map in the colours of magma.
+ * @param {Field} field @param {number} highest the value of the brightest colour
+ */
+export function heatmap(field, highest) {
+  const pixels = new ImageData(field.width, field.height);
+  const words = new Uint32Array(pixels.data.buffer);
+  const scale = 255 / highest;
+  for (let i = 0; i < words.length; i++) words[i] = MAGMA[Math.min(255, field.values[i] * scale) | 0];
+  return pixels;
+}
+
+/**
+ * Several maps, each in its colour: where they overlap the higher one prevails, and the highest value is
+ * the opacity.
+ * @param {Field[]} fields @param {string[]} colours as "#rrggbb" @param {number} highest
+ */
+export function blend(fields, colours, highest) {
+  const pixels = new ImageData(fields[0].width, fields[0].height);
+  const { data } = pixels;
+  const rgb = colours.map((colour) => parseInt(colour.slice(1), 16));
+  for (let i = 0, p = 0; p < data.length; i++, p += 4) {
+    let total = 1e-12;
+    let red = 0;
+    let green = 0;
+    let blue = 0;
+    let top = 0;
+    for (let k = 0; k < fields.length; k++) {
+      const value = fields[k].values[i];
+      const weight = value * value * value;
+      total += weight;
+      red += weight * (rgb[k] >> 16);
+      green += weight * ((rgb[k] >> 8) & 255);
+      blue += weight * (rgb[k] & 255);
+      if (value > top) top = value;
+    }
+    data[p] = red / total;
+    data[p + 1] = green / total;
+    data[p + 2] = blue / total;
+    data[p + 3] = (255 * top) / highest;
+  }
+  return pixels;
+}
+
+/** Polynomials through the colour map magma (Matt Zucker, public domain), lowest power first. */
+const POLYNOMIALS = [
+  [-0.002136485, 0.251660541, 8.353717279, -27.668733086, 52.17613981, -50.768525365, 18.655705066],
+  [-0.000749655, 0.677523244, -3.577719515, 14.264730781, -27.943606072, 29.046582821, -11.48977352],
+  [-0.005386128, 2.494026599, 0.314467903, -13.649213188, 12.944169442, 4.234152994, -5.601961509],
+];
+
+/** Magma in 256 steps, as little-endian RGBA. */
+const MAGMA = Uint32Array.from({ length: 256 }, (_, i) => {
+  const [red, green, blue] = POLYNOMIALS.map((powers) => {
+    const value = powers.reduceRight((sum, power) => sum * (i / 255) + power, 0);
+    return Math.round(255 * Math.min(1, Math.max(0, value)));
+  });
+  return (255 << 24) | (blue << 16) | (green << 8) | red;
+});
+
+/** Magma as a CSS gradient. */
+export const MAGMA_GRADIENT = `linear-gradient(to right, ${[...MAGMA]
+  .filter((_, i) => i % 15 === 0)
+  .map((c) => `rgb(${c & 255} ${(c >> 8) & 255} ${(c >> 16) & 255})`)
+  .join(", ")})`;
