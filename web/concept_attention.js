@@ -94,8 +94,8 @@ function addViewer(node) {
   chain(node, "onExecuted", (output) => showResult(node, output));
   chain(node, "onConfigure", () => {
     panel.set(settings());
-    const view = /** @type {any} */ (node.properties[RESULT]);
-    if (view) panel.show(view);
+    const view = sessionStorage.getItem(storageKey(node));
+    if (view) panel.show(JSON.parse(view));
   });
   node.setSize([Math.max(node.size[0], 380), Math.max(node.size[1], 640)]);
 }
@@ -103,11 +103,16 @@ function addViewer(node) {
 /** @param {LGraphNode} node @param {any} output of a run */
 function showResult(node, output) {
   const [view] = output[RESULT];
-  // Kept in the workflow so that a reloaded page finds the result; it names files and holds no maps.
-  node.properties[RESULT] = view;
   const panel = /** @type {Panel} */ (panels.get(node));
   live.delete(panel);
   panel.show(view);
+  // For the page when it is reloaded. Kept in the workflow, it would count as a change of it.
+  sessionStorage.setItem(storageKey(node), JSON.stringify(view));
+}
+
+/** @param {LGraphNode} node */
+function storageKey(node) {
+  return `ConceptAttention.result/${node.graph?.id}/${node.id}`;
 }
 
 /**

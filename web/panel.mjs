@@ -165,7 +165,7 @@ export class Panel {
 
   /** Show maps of a run that is still going on. @param {LiveView} live @param {Blob | undefined} preview */
   async showLive(live, preview) {
-    const request = ++this.#request;
+    const request = this.#begin();
     const { concepts, colours, shown, grid, coverage } = live;
     const size = concepts.length * grid[0] * grid[1];
     const packet = Uint8Array.from(atob(live.maps), (c) => c.charCodeAt(0));
@@ -180,6 +180,7 @@ export class Panel {
     this.#picture = picture;
     this.#setScene({ concepts, colours, shown, grid, coverage, values });
     this.status.textContent = `Sampling, ${live.evaluations} so far`;
+    this.#end(request);
   }
 
   /** The run of `showLive` ended without a result for this panel. */
@@ -196,7 +197,7 @@ export class Panel {
 
   async #open() {
     const view = /** @type {View} */ (this.#view);
-    const request = ++this.#request;
+    const request = this.#begin();
     this.#recorded = new RecordedMaps(view, this.#image, this.load);
     try {
       const [values, picture] = await Promise.all([
@@ -211,7 +212,19 @@ export class Panel {
       this.status.textContent = "";
     } catch (error) {
       if (request === this.#request) this.#fail(error);
+    } finally {
+      this.#end(request);
     }
+  }
+
+  #begin() {
+    this.element.ariaBusy = "true";
+    return ++this.#request;
+  }
+
+  /** @param {number} request */
+  #end(request) {
+    if (request === this.#request) this.element.ariaBusy = "false";
   }
 
   /** @param {import("./maps.mjs").TemporaryFile | null} file */
@@ -244,7 +257,7 @@ export class Panel {
       this.#evaluations = [...view.steps.keys()].filter((i) => wanted.has(view.steps[i]));
     }
     this.#update();
-    const request = ++this.#request;
+    const request = this.#begin();
     const waiting = setTimeout(() => (this.status.textContent = "Loading…"), 150);
     try {
       const values = await /** @type {RecordedMaps} */ (this.#recorded).mean(this.#layers, this.#evaluations);
@@ -255,6 +268,7 @@ export class Panel {
       if (request === this.#request) this.#fail(error);
     } finally {
       clearTimeout(waiting);
+      this.#end(request);
     }
   }
 
