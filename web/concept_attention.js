@@ -25,6 +25,9 @@ const load = {
 
 /** @type {WeakMap<LGraphNode, Panel>} */
 const panels = new WeakMap();
+/** Nodes 2.0 keeps a widget's element on the page for the next widget of the same node id and type, which
+ * after undo or on loading a workflow again is another one: so each has a type of its own. */
+let widgets = 0;
 /** The panels that show a run. @type {Set<Panel>} */
 const live = new Set();
 /** The latest preview of each sampler in this run. @type {Map<string, Blob>} */
@@ -35,7 +38,7 @@ function addPanel(node, panel) {
   const { element } = panel;
   element.style.setProperty("--min-height", `${HEIGHT}px`);
   // @ts-expect-error the package of types leaves addDOMWidget out
-  const widget = node.addDOMWidget("view", "concept_viewer", element, {
+  const widget = node.addDOMWidget("view", `concept_viewer_${++widgets}`, element, {
     hideOnZoom: false,
     serialize: false,
     getMinHeight: () => HEIGHT,
@@ -168,17 +171,15 @@ function showLive(message) {
   }
 }
 
-function wantsLive() {
-  return app.extensionManager.setting.get(LIVE_PREVIEW) !== false;
-}
-
+/** Whether maps are shown while a model samples. */
+let wantsLive = true;
 /** What the server was told last. */
 let told = "";
 
 /** Tell the server whether to send maps while it samples. */
 function tell() {
   if (!api.clientId) return;
-  const body = JSON.stringify({ client_id: api.clientId, on: wantsLive() });
+  const body = JSON.stringify({ client_id: api.clientId, on: wantsLive });
   if (body === told) return;
   told = body;
   api.fetchApi("/concept_attention/live", { method: "POST", body });
@@ -194,7 +195,11 @@ app.registerExtension({
       name: "Show concept maps while sampling",
       type: "boolean",
       defaultValue: true,
-      onChange: tell,
+      // Called before the new value can be read from the settings.
+      onChange(/** @type {boolean} */ value) {
+        wantsLive = value;
+        tell();
+      },
     },
   ],
   init() {
@@ -202,6 +207,7 @@ app.registerExtension({
     document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href }));
   },
   setup() {
+    wantsLive = app.extensionManager.setting.get(LIVE_PREVIEW) !== false;
     // The first status brings the client's id; a server that was restarted has forgotten it.
     api.addEventListener("status", tell);
     api.addEventListener("reconnected", () => {
@@ -210,13 +216,13 @@ app.registerExtension({
     });
     api.addEventListener("execution_start", () => previews.clear());
     api.addEventListener("b_preview_with_metadata", ({ detail }) => {
-      if (wantsLive()) previews.set(detail.displayNodeId, detail.blob);
+      if (wantsLive) previews.set(detail.displayNodeId, detail.blob);
     });
     api.addEventListener(
       // @ts-expect-error an event of our own
       "concept_attention.maps",
       (/** @type {CustomEvent<LiveMessage>} */ { detail }) => {
-        if (wantsLive()) showLive(detail);
+        if (wantsLive) showLive(detail);
       },
     );
     for (const end of /** @type {const} */ (["execution_success", "execution_error", "execution_interrupted"])) {

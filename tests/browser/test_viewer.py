@@ -253,12 +253,14 @@ def test_the_threshold_is_a_widget_that_the_workflow_keeps(viewer):
     assert viewer.inputs()["threshold"] == pytest.approx(0.31)
     workflow = viewer.page.evaluate("() => app.graph.serialize()")
     viewer.page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+    viewer.resize(420, 720)
     assert viewer.inputs()["threshold"] == pytest.approx(0.31)
+    viewer.run()
     assert viewer.panel.get_by_role("slider", name="Threshold").input_value() == "0.31"
 
 
 def test_the_keyboard_moves_over_the_patches(viewer, recording):
-    viewer.page.mouse.move(5, 5)
+    viewer.page.mouse.move(900, 500)
     viewer.panel.locator("canvas").press("ArrowUp")
     viewer.page.keyboard.press("ArrowLeft")
     assert close_to(viewer.card(), heatmaps(recording)[0], ROWS // 2 - 1, COLUMNS // 2 - 1)
@@ -283,14 +285,27 @@ def test_the_pager_goes_through_the_batch(viewer, recording):
 
 def test_a_reloaded_page_shows_the_result_without_a_run(viewer, recording):
     viewer.page.evaluate("() => app.loadGraphData(app.graph.serialize())")
-    viewer.slide("Threshold", 0.4)
+    viewer.resize(420, 720)
     viewer.run()
+    viewer.slide("Threshold", 0.4)
     viewer.page.keyboard.press("Escape")  # the front end keeps a draft whenever a key was pressed
     viewer.page.wait_for_timeout(1500)
     viewer.open()
     viewer.settle()
     viewer.resize(420, 720)
     assert viewer.panel.get_by_role("slider", name="Threshold").input_value() == "0.4"
+    assert close_to(viewer.point(20, 41), heatmaps(recording)[0], 20, 41)
+
+
+def test_a_workflow_loaded_again_has_a_panel_that_works(viewer, recording):
+    """Nodes 2.0 would go on showing the panel of the node before."""
+    viewer.panel.get_by_label("Layers").press("Home")
+    viewer.settle()
+    workflow = viewer.page.evaluate("() => app.graph.serialize()")
+    for _ in range(2):
+        viewer.page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+        viewer.resize(420, 720)
+    viewer.run()
     assert close_to(viewer.point(20, 41), heatmaps(recording)[0], 20, 41)
 
 
