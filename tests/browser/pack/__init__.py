@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import time
 
-import nodes
 import torch
 from comfy_api.latest import ComfyExtension, io
+
+import nodes
 
 from . import made_up
 
