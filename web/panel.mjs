@@ -154,8 +154,9 @@ export class Panel {
     this.#update();
   }
 
-  /** Show the result of a run. @param {View} view */
+  /** Show the result of a run, unless it is shown. @param {View} view */
   async show(view) {
+    if (view.key === this.#view?.key && !this.#live) return;
     this.#view = view;
     this.#image = Math.min(this.#image, view.images.length - 1);
     this.#layers = view.chosen_layers;
