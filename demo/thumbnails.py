@@ -31,7 +31,7 @@ TILES = {
         ("Picture", 0),
         ("Concept in early layers", 0),
         ("Concept in late layers", 0),
-        ("Concept Figure", 0),
+        ("Figure", 0),
     ],
     "concept_compositing": [("Picture A", 0), ("Picture B", 0), ("Mask", 0), ("Composite", 0)],
 }

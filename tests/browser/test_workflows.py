@@ -109,19 +109,19 @@ class Page:
         return self.page.evaluate(RUN)
 
     def wait_for_picture(self, title: str) -> None:
-        """Until the node with this title shows a picture of the demo model's size."""
+        """Until the node with this title shows one, no smaller than the demo model paints."""
         if self.nodes_2:
             number = self.page.evaluate("(t) => app.graph.nodes.find((n) => n.title === t).id", title)
             self.page.wait_for_function(
                 """([number, size]) => [...document.querySelectorAll(`[data-node-id="${number}"] img`)]
-                    .some((image) => image.checkVisibility() && image.naturalWidth === size)""",
+                    .some((image) => image.checkVisibility() && image.naturalWidth >= size)""",
                 arg=[number, workflow.SIZE],
             )
         else:
             self.page.wait_for_function(
                 """([title, size]) => {
                     const node = app.graph.nodes.find((n) => n.title === title);
-                    return node.imgs?.[0]?.naturalWidth === size;
+                    return node.imgs?.[0]?.naturalWidth >= size;
                 }""",
                 arg=[title, workflow.SIZE],
             )
@@ -154,7 +154,7 @@ def page(request, server, models, browser, complaints_of) -> Iterator[Page]:
 
 
 def overlapping(boxes: list[list]) -> list[tuple[str, str]]:
-    """Pairs of nodes that cover each other, by more than the pixel that measuring may be off."""
+    """Titles of two nodes that cover each other, by more than the pixel that measuring may be off."""
     return [
         (a[0], b[0])
         for a, b in combinations(boxes, 2)
@@ -183,7 +183,10 @@ def test_every_node_is_known_and_has_room(server, page, path):
     assert page.complaints == []
 
 
-@pytest.mark.parametrize("name", sorted(set(workflow.SCENES) - {"concept_to_sam3"}))
+# One with the viewer, one where Concept Attention grows by the maps that it shows, one with a figure.
+@pytest.mark.parametrize(
+    "name", ["concept_saliency", "concept_mask_to_inpaint", "concept_layers_and_steps"]
+)
 def test_the_page_runs_it_and_shows_the_result(page, name):
     path = comfyui_setup.ROOT / "example_workflows" / f"{name}.json"
     page.load(workflow.swap(json.loads(path.read_text("utf-8"))))
@@ -193,5 +196,6 @@ def test_the_page_runs_it_and_shows_the_result(page, name):
         if node["type"] in ("PreviewImage", "SaveImage", "MaskPreview"):
             page.wait_for_picture(node["title"])
     page.screenshot(f"{name}_run")
-    assert overlapping(page.boxes()) == []
+    # The demo's empty prompt has a text box, unlike the node in whose place it is.
+    assert overlapping([box for box in page.boxes() if box[0] != "No negative prompt"]) == []
     assert page.complaints == []
