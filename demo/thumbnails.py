@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from run import images
 
 import comfyui
 import workflow
-from run import images
 
 FOLDER = comfyui.ROOT / "example_workflows"
 CELL, GAP = workflow.SIZE, 4
@@ -70,7 +70,8 @@ def thumbnail(server: comfyui.Server, graph: workflow.Graph, name: str) -> Image
 def one_prompt(server: comfyui.Server, graph: workflow.Graph) -> Image.Image:
     """The picture that the regional prompts change."""
     rest = workflow.inputs(graph, "KSampler (the rest)")
-    combined, rest["positive"] = rest["positive"], workflow.inputs(graph, "KSampler (first steps)")["positive"]
+    combined = rest["positive"]
+    rest["positive"] = workflow.inputs(graph, "KSampler (first steps)")["positive"]
     (picture,) = images(server, graph, "Finished")
     rest["positive"] = combined
     return picture

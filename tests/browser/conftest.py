@@ -6,8 +6,9 @@ import os
 import shutil
 from collections.abc import Iterator
 
-import comfyui as comfyui_setup
 import pytest
+
+import comfyui as comfyui_setup
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
-import comfyui as comfyui_setup
 import pytest
 
+import comfyui as comfyui_setup
 import workflow
 
 PATHS = sorted((comfyui_setup.ROOT / "example_workflows").glob("*.json"))
@@ -85,9 +85,7 @@ class Page:
 
     def red(self) -> list[str]:
         """Titles of nodes with an error."""
-        return self.page.evaluate(
-            "() => app.graph.nodes.filter((n) => n.has_errors).map((n) => n.title)"
-        )
+        return self.page.evaluate("() => app.graph.nodes.filter((n) => n.has_errors).map((n) => n.title)")
 
     def set_scene(self, name: str) -> None:
         """Type into the widgets what the demo model is asked for, at few steps."""
@@ -184,9 +182,7 @@ def test_every_node_is_known_and_has_room(server, page, path):
 
 
 # One with the viewer, one where Concept Attention grows by the maps that it shows, one with a figure.
-@pytest.mark.parametrize(
-    "name", ["concept_saliency", "concept_mask_to_inpaint", "concept_layers_and_steps"]
-)
+@pytest.mark.parametrize("name", ["concept_saliency", "concept_mask_to_inpaint", "concept_layers_and_steps"])
 def test_the_page_runs_it_and_shows_the_result(page, name):
     path = comfyui_setup.ROOT / "example_workflows" / f"{name}.json"
     page.load(workflow.swap(json.loads(path.read_text("utf-8"))))
