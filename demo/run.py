@@ -92,10 +92,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def fill_in(graph: workflow.Graph, prompt: str, concepts: str, repainted: str, into: str, seed: int) -> None:
-    """Write texts and seed into the example workflow, and a mask's margin that fits the small picture."""
+    """Write texts and seed into the example workflow."""
     workflow.inputs(graph, "Prompt")["text"] = prompt
     workflow.inputs(graph, "Concept Attention")["concepts"] = concepts
-    workflow.inputs(graph, "Concept Mask").update(concept=repainted, grow=6, feather=3)
+    workflow.inputs(graph, "Concept Mask")["concept"] = repainted
     new_prompt, count = re.subn(rf"\b{re.escape(repainted)}\b", lambda _: into, prompt, flags=re.IGNORECASE)
     workflow.inputs(graph, "Repaint prompt")["text"] = new_prompt if count else f"{into}, {prompt}"
     for sampler in ("KSampler", "KSampler (repaint)"):

@@ -9,16 +9,86 @@ from collections.abc import Iterator
 import comfyui
 
 SIZE = 256  # of the demo model's pictures
+FLUX_SIZE = 1024  # of the example workflows'
 CFG = 3.0  # unlike Flux.1 dev, the demo model has no guidance of its own
 NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 
 Graph = dict[str, dict]
 
+_READINGS = ("early layers", "late layers", "early steps", "late steps")
+_HOUSE = {
+    "Prompt": {"text": "a red house on the grass under the sky"},
+    "Concept Attention": {"concepts": "house, grass, sky"},
+}
+_MUSHROOM = {
+    "Prompt": {"text": "a red mushroom on the grass under the sky"},
+    "Concept Attention": {"concepts": "mushroom, grass, sky"},
+}
+# What the demo model is asked for in each example workflow: file, node title, inputs.
+SCENES: dict[str, dict[str, dict]] = {
+    "concept_saliency": {
+        "Prompt": {"text": "a boat on the water under the sky"},
+        "Concept Attention": {"concepts": "boat, water, sky"},
+        "KSampler": {"seed": 6},
+    },
+    "concept_mask_to_inpaint": {
+        "Prompt": {"text": "a boat and a red mushroom on the water under the sky"},
+        "Concept Attention": {"concepts": "mushroom, boat, water, sky"},
+        "Concept Mask": {"concept": "mushroom"},
+        "Repaint prompt": {"text": "a boat and a red house on the water under the sky"},
+        "KSampler": {"seed": 5},
+        "KSampler (repaint)": {"seed": 5},
+    },
+    "concept_mask_to_inpaint_fill": {
+        **_MUSHROOM,
+        "KSampler": {"seed": 1},
+        "Concept Mask": {"concept": "grass"},
+        "Repaint prompt": {"text": "a red mushroom on the sand under the sky"},
+    },
+    # Flux.1's schedule stays longer at high noise levels, and Flux.1 can mix prompts.
+    "concept_regional_conditioning": {
+        **_HOUSE,
+        "KSampler (first steps)": {"noise_seed": 1, "end_at_step": 2},
+        "KSampler (the rest)": {"start_at_step": 2},
+        "Concept Saliency": {"start_step": 1},
+        "Concept Mask (first region)": {"concept": "house"},
+        "Prompt of the first region": {"text": "a mushroom on the snow under the sky"},
+        "First region": {"strength": 8.0},
+        "Concept Mask (second region)": {"concept": "grass"},
+        "Prompt of the second region": {"text": "a red house on the snow under the sky"},
+        "Second region": {"strength": 8.0},
+    },
+    "concept_to_sam3": {
+        **_MUSHROOM,
+        "KSampler": {"seed": 1},
+        "Concept Mask": {"concept": "mushroom"},
+    },
+    "concept_layers_and_steps": {
+        **_HOUSE,
+        "KSampler": {"seed": 1},
+        **{f"Overlay of {part}": {"concept": "house"} for part in _READINGS},
+        "Concept Figure": {"layout.concept": "house"},
+    },
+    "concept_compositing": {
+        "Prompt A": _MUSHROOM["Prompt"],
+        "Concept Attention": _MUSHROOM["Concept Attention"],
+        "KSampler A": {"seed": 1},
+        "Concept Mask": {"concept": "mushroom", "grow": -5},
+        "Prompt B": {"text": "the sand under the sky"},
+        "KSampler B": {"seed": 1},
+    },
+}
+
 
 def swap(workflow: dict) -> dict:
     """A workflow file with the demo's model, text encoder, VAE, guidance and image size in place of
-    Flux.1's."""
+    Flux.1's; margins of masks shrink with the picture.
+
+    There is no Fill model among the demo's. In its place comes the demo model itself, which does not see
+    what InpaintModelConditioning adds for a Fill model, the picture without what is to be repainted; the
+    noise mask alone then keeps the rest of the picture.
+    """
     workflow = copy.deepcopy(workflow)
     nodes = {node["id"]: node for node in workflow["nodes"]}
     (encoder,) = (node for node in nodes.values() if node["type"] == "DualCLIPLoader")
@@ -35,6 +105,11 @@ def swap(workflow: dict) -> dict:
             values[:2] = [SIZE, SIZE]
         elif kind == "KSampler":
             values[3] = CFG
+        elif kind == "KSamplerAdvanced":
+            values[4] = CFG
+        elif kind == "ConceptMask":
+            *_, grow, feather, _ = values
+            values[-3:-1] = [round(grow * SIZE / FLUX_SIZE), feather * SIZE / FLUX_SIZE]
         elif kind == "ConditioningZeroOut":  # the model was trained with empty prompts, not with zeros
             node["type"], node["widgets_values"] = "CLIPTextEncode", [""]
             (link,) = (link for link in workflow["links"] if link[3] == node["id"])
@@ -94,6 +169,12 @@ def _widget_values(
             next(values)
 
 
+def set_scene(graph: Graph, name: str) -> None:
+    """Ask for what the demo model paints in the example workflow of this name."""
+    for title, values in SCENES[name].items():
+        inputs(graph, title).update(values)
+
+
 def find(graph: Graph, title: str) -> str:
     """The id of the node with this title.
 
@@ -116,3 +197,12 @@ def add(graph: Graph, title: str, class_type: str, **inputs) -> str:
     number = str(max(map(int, graph)) + 1)
     graph[number] = {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}
     return number
+
+
+def shown_as_text(server: comfyui.Server, graph: Graph, title: str, *outputs: int) -> list[str]:
+    """Outputs of the node with this title, by number, as core's PreviewAny writes them."""
+    source = find(graph, title)
+    graph = dict(graph)
+    added = [add(graph, f"Output {i}", "PreviewAny", source=[source, i]) for i in outputs]
+    shown = server.run(graph, added)["outputs"]
+    return [shown[number]["text"][0] for number in added]
