@@ -174,9 +174,7 @@ class ConceptAttentionImage(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output(
-                    tooltip="The encoded picture, with its recording. Connect it directly to Concept Saliency."
-                )
+                io.Latent.Output(tooltip="The encoded picture, with its recording, for Concept Saliency.")
             ],
         )
 
