@@ -235,7 +235,7 @@ def _evaluate(
         try:
             for level in levels:
                 done = start * len(levels) + len(part) * len(images[rows])
-                progress.update_absolute(done, len(images) * len(levels))
+                progress.update_absolute(done)
                 part.append(
                     _one_evaluation(
                         model,

@@ -103,7 +103,7 @@ class ConceptAttentionImage(io.ComfyNode):
                     ],
                     tooltip=(
                         "How much noise the model sees the picture through: as a level, or as a step of a "
-                        "sampling schedule like in the paper's reference, whose default is step 2 of 4."
+                        "schedule like in the paper's reference: step 2 of 4, and 3 of 4 for segmentation."
                     ),
                 ),
                 io.Int.Input(
