@@ -58,6 +58,9 @@ def observe_image(
     offloading and Cancel work as they do in a sampler. ``model`` stays as it is; if it is observed already,
     that observer has no part in this.
 
+    The reference's settings: first tokens of concepts, ``step_levels(model, "2", 4)``, guidance 0 in the
+    conditioning, and no pooled prompt.
+
     Args:
         tokens: one text encoder token for each of ``concepts.all``, (K, C).
         latent: the images as ``VAE.encode`` gives them, (B, C, H, W).
