@@ -120,9 +120,6 @@ class Calls(Counter):
             handle.remove()
 
 
-# What is recorded
-
-
 @pytest.mark.parametrize("latent", [latents(), latents(3), latents(1, 15, 17)], ids=["1", "3", "odd"])
 def test_it_is_the_first_evaluation_of_sampling_from_that_noise(model, latent):
     found = look(model, latent, levels=(0.3, 0.8), seed=4)
@@ -214,9 +211,6 @@ def test_maps_cover_the_image_and_not_its_padding(model, size):
     assert torch.equal(whole[..., -1, -1], maps.values[..., -1, -1])
 
 
-# The early end
-
-
 @pytest.mark.parametrize("layers", [(0,), (0, 1), (2,)])
 def test_nothing_runs_after_the_last_recorded_layer(model, layers):
     with Calls(model) as calls:
@@ -291,9 +285,6 @@ def test_no_cache_skips_a_noise_level(model, node):
 def test_a_guidance_node_that_needs_a_negative_does_no_harm(model):
     guided = nag.NAGuidance.execute(model, 5.0, 0.5, 1.5).result[0]
     assert equal(look(guided), look(model))
-
-
-# The user's model
 
 
 def with_lora(model: ModelPatcher) -> ModelPatcher:
@@ -432,9 +423,6 @@ def test_a_model_whose_blocks_are_skipped_says_so(model):
         look(skipping)
 
 
-# Memory
-
-
 def rows_seen(model: ModelPatcher) -> tuple[ModelPatcher, list[int]]:
     seen = []
 
@@ -498,9 +486,6 @@ def test_out_of_memory_with_one_row_is_raised(model):
         look(small, latents(3))
 
 
-# Images
-
-
 class Encoder:
     """A VAE that keeps what it is given to encode."""
 
@@ -523,9 +508,6 @@ def test_images_of_any_size_are_padded_with_their_edge(size):
 
 def test_a_patch_of_flux_is_16_pixels(model):
     assert patch_pixels(model) == 16
-
-
-# Noise levels
 
 
 @pytest.mark.parametrize(
@@ -575,9 +557,6 @@ def test_steps_that_do_not_exist_are_an_error(model, text, message):
         step_levels(model, text, 4)
 
 
-# A clear no
-
-
 @pytest.mark.parametrize(
     "options,message",
     [
@@ -609,9 +588,6 @@ def test_a_model_of_another_family_is_an_error(model):
     other.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="does not support this model"):
         look(other)
-
-
-# The node
 
 
 def node(model, clip, vae, image, concepts="cat, ball", **widgets) -> dict:
