@@ -135,6 +135,10 @@ def test_it_is_that_of_a_model_without_guidance_too():
     assert torch.equal(look(schnell).scores["output"][0], sampled(schnell, 0.5))
 
 
+def test_the_default_layers_are_recorded():
+    assert look(random_flux(depth=5)).layers == (1, 2, 3, 4)
+
+
 def test_every_space_can_be_recorded(model):
     found = look(model, spaces=SPACES)
     assert tuple(found.scores) == SPACES
