@@ -31,6 +31,7 @@ from torch import Tensor
 
 import comfyui
 import workflow
+from concept_attention.core.architectures import flux1
 from concept_attention.core.concepts import Concepts, encode_concepts
 from concept_attention.core.image import (
     encode_images,
@@ -227,6 +228,12 @@ def test_nothing_runs_after_the_last_recorded_layer(model, layers):
     assert not calls[f"double_blocks.{last}.img_attn.proj"]
     assert not any(calls[f"double_blocks.{block}.img_attn.qkv"] for block in range(last + 1, 3))
     assert not any(calls[name] for name in calls if name.startswith(("single_blocks", "final_layer")))
+
+
+def test_a_model_that_takes_more_channels_than_it_gives_is_given_back_its_own(model):
+    """Flux.1 Fill takes 96: the latent, the masked image and the mask."""
+    nothing = flux1.no_output(model.model.diffusion_model, torch.ones(2, 96, 5, 7))
+    assert torch.equal(nothing, torch.zeros(2, 16, 5, 7))
 
 
 def test_a_sampler_still_runs_the_whole_model(model):
