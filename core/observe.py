@@ -45,6 +45,7 @@ def observe(
     attend_concepts: bool = True,
     budget: int = BUDGET,
     listener: Callable[[Recorder], None] | None = None,
+    maps_only: bool = False,
 ) -> ModelPatcher:
     """A clone of ``model`` whose sampling runs are recorded; ``recording_of`` finds them by LATENT.
 
@@ -57,6 +58,8 @@ def observe(
         attend_image, attend_concepts: see ``ConceptStream``.
         budget: bytes that one recording may take before it keeps the default layers only.
         listener: called after every evaluation with what is being recorded.
+        maps_only: nobody wants what is sampled. Evaluations end right after the last recorded layer and
+            give zeros, and what fails while recording is raised.
 
     Raises:
         ValueError: the model is of no supported family, or a layer or space does not exist.
@@ -78,7 +81,7 @@ def observe(
         attend_image=attend_image,
         attend_concepts=attend_concepts,
     )
-    observer = _Observer(family, concepts, recorded, stream, budget, listener)
+    observer = _Observer(family, concepts, recorded, stream, budget, listener, maps_only)
     observed = model.clone()
     for kind in WRAPPERS:
         observed.remove_wrappers_with_key(kind, KEY)
@@ -86,6 +89,18 @@ def observe(
     observed.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, observer.predict_noise)
     observed.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, observer.diffusion_model)
     return observed
+
+
+class _Recorded(BaseException):
+    """Ends a call of the diffusion model whose last layer has been recorded. Not an ``Exception``: no other
+    node's code on the way should take it for a failure that it can handle.
+
+    ``_Observer.diffusion_model`` catches it. Added last, that wrapper is the innermost, and all that is
+    skipped is the rest of the diffusion model's own forward pass: blocks, which keep no state between calls,
+    and the patches in them. Offloaded weights are cast and released within each layer's call, never across
+    layers, and Flux uses no prefetch queue, which would have to be emptied. What comes after the model
+    (ControlNets, hooks, offloading) goes on as if it had returned.
+    """
 
 
 class _Observer:
@@ -99,9 +114,11 @@ class _Observer:
         stream: Callable[..., ConceptStream],
         budget: int,
         listener: Callable[[Recorder], None] | None,
+        maps_only: bool,
     ) -> None:
         self.family = family
         self.stream = stream
+        self.maps_only = maps_only
         self._concepts = concepts
         self._layers = layers
         self._budget = budget
@@ -195,21 +212,30 @@ class _Observer:
         def call(options):
             return executor(x, timestep, context, y, guidance, ref_latents, control, options, **kwargs)
 
+        def unobserved():
+            return nothing() if self.maps_only else call(transformer_options)
+
+        def nothing():
+            return self.family.no_output(executor.class_obj, x)
+
         evaluation, chunks = transformer_options.get(KEY, (None, None))
         if evaluation is None or not evaluation.armed or evaluation.recorder.failure is not None:
-            return call(transformer_options)
+            return unobserved()
         hooks = _Hooks(self, executor.class_obj, evaluation)
         with hooks.failing_quietly():
             for chunk in chunks.positive(transformer_options, evaluation, len(x)):
                 hooks.follow(chunk, x, timestep, guidance)
         if not hooks.active:
-            return call(transformer_options)
+            return unobserved()
         options = dict(transformer_options)
         patches = {name: list(patches) for name, patches in options.get("patches", {}).items()}
         patches.setdefault("attn1_patch", []).append(hooks.before_attention)
         patches.setdefault("attn1_output_patch", []).insert(0, hooks.after_attention)
         options["patches"] = patches
-        out = call(options)
+        try:
+            out = call(options)
+        except _Recorded:
+            out = nothing()
         with hooks.failing_quietly():
             hooks.finish()
         return out
@@ -291,12 +317,15 @@ class _Hooks:
 
     @contextlib.contextmanager
     def failing_quietly(self):
-        """Sampling is never lost to a failure here. It is raised when maps are asked for."""
+        """Sampling is never lost to a failure here. It is raised when maps are asked for. With no sampling to
+        be lost, it is raised at once."""
         try:
             yield
         except comfy.model_management.InterruptProcessingException:
             raise  # ComfyUI's layers raise it when the user cancels
         except Exception as error:
+            if self._observer.maps_only:
+                raise
             logging.warning("Concept Attention stops recording this run.", exc_info=True)
             self._evaluation.recorder.fail(f"{type(error).__name__}: {error}")
 
@@ -340,6 +369,8 @@ class _Hooks:
                 for chunk, grid, stream in self._followed:
                     patches = _image_tokens(extra_options, grid)
                     stream.score(extra_options["block_index"], out[chunk.rows, patches])
+            if self._observer.maps_only and all(stream.complete for _, _, stream in self._followed):
+                raise _Recorded
         return out
 
     def finish(self) -> None:

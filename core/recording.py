@@ -36,14 +36,15 @@ def unrecorded(reason: str) -> str:
 
 @dataclass(frozen=True)
 class Recording:
-    """Scores of one sampling run.
+    """Scores of one sampling run, or of existing images.
 
     Attributes:
         layers: the double-stream blocks recorded.
         default_layers: those of ``layers`` that the model's family makes maps from by default.
         sigmas: the noise level of each evaluation, in the order they ran.
         steps: the sampler's step that each evaluation belongs to: the last one that starts at its noise
-            level or above. Samplers that evaluate the model twice have two evaluations for some steps.
+            level or above. Samplers that evaluate the model twice have two evaluations for some steps. Of
+            existing images: the number of its noise level, the noisiest first.
         scores: for each space, E tensors (L, B, K, h, w) float32 on the CPU.
         image_size: height and width of the image in pixels.
         coverage: the share of the grid's height and width that the image covers; below 1 where the model

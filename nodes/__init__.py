@@ -5,6 +5,7 @@ from typing_extensions import override
 
 from .browser import add_routes
 from .concept_attention import ConceptAttention
+from .concept_attention_image import ConceptAttentionImage
 from .concept_figure import ConceptFigure
 from .concept_files import ConceptMapsLoad, ConceptMapsSave
 from .concept_mask import ConceptMask
@@ -23,6 +24,7 @@ class ConceptAttentionExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             ConceptAttention,
+            ConceptAttentionImage,
             ConceptSaliency,
             ConceptMask,
             ConceptSegmentation,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from concept_attention.core.architectures import flux1
+from concept_attention.core.image import observe_image
 from concept_attention.core.maps import heatmaps
 from concept_attention.core.recording import recording_of
 from concept_attention.core.stream import SPACES, ConceptStream
@@ -137,6 +138,51 @@ def test_a_batch_of_two_with_prompts_of_their_own(golden):
             for softmax, kind in ((True, "softmax"), (False, "raw")):
                 ours = heatmaps(recording, space=space, layers=layers, softmax=softmax)[item]
                 assert relative(ours, golden[f"expected.batch2.heatmaps.{name}.{kind}"][item]) <= TOLERANCE
+
+
+def look(golden: Golden, noisy: torch.Tensor, sigma: torch.Tensor, positive: list | None = None):
+    """The recording of an existing noisy latent (B, C, H, W) at its noise level."""
+    clean = torch.zeros_like(noisy)  # then all that the model is given is sigma * noise
+    return observe_image(
+        golden.model(),
+        golden.concepts,
+        golden["inputs.concepts"][0],
+        clean,
+        positive or golden.conditioning(),
+        image_size=(noisy.shape[-2] * 8, noisy.shape[-1] * 8),
+        levels=(float(sigma),),
+        noise=(noisy / sigma)[None],
+        layers=range(golden.config["depth"]),
+        spaces=("output", "cross-attention"),
+    )
+
+
+def test_an_existing_latent_at_every_step(golden):
+    choice = golden.number("heatmap_layers")
+    maps = {"output": [], "cross-attention": []}
+    for step in range(golden.number("num_steps")):
+        recording = look(golden, golden["inputs.latents"][step], golden["inputs.sigmas"][step])
+        for layer in recording.layers:
+            expected = golden[f"expected.step{step}.layer{layer}.concept_scores"]
+            assert relative(recording.scores["output"][0][layer].flatten(-2), expected) <= TOLERANCE
+        for space, steps in maps.items():
+            steps.append(heatmaps(recording, space=space, layers=choice))
+    for space, name in (("output", "output"), ("cross-attention", "cross")):
+        expected = golden[f"expected.heatmaps.{name}.softmax"]
+        assert relative(torch.stack(maps[space]).mean(0), expected) <= TOLERANCE
+
+
+def test_existing_latents_of_a_batch_with_prompts_of_their_own(golden):
+    if "inputs.batch2.latents" not in golden.tensors:
+        pytest.skip("this golden file has no batch")
+    values = {"pooled_output": golden["inputs.batch2.y"], "guidance": 0.0}  # the reference's default
+    positive = [[golden["inputs.batch2.context"], values]]
+    for item, sigma in enumerate(golden["inputs.batch2.timesteps"]):
+        recording = look(golden, golden["inputs.batch2.latents"], sigma, positive)
+        for layer in recording.layers:
+            ours = recording.scores["output"][0][layer][item].flatten(-2)
+            expected = golden[f"expected.batch2.layer{layer}.concept_scores"][item]
+            assert relative(ours, expected) <= TOLERANCE
 
 
 def test_the_concept_stream_after_every_block(golden):

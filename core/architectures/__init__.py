@@ -2,8 +2,8 @@
 
 A family answers: does this model belong to me (``matches``), how many blocks have a text stream
 (``depth``), which of them give good maps (``default_layers``), how do concepts enter
-(``text_encoder``, ``token_width``, ``TextStream``), and which grid do the image's tokens form
-(``grid``, ``rotate``).
+(``text_encoder``, ``token_width``, ``TextStream``), which grid do the image's tokens form
+(``grid``, ``rotate``), and what stands for the output of a call that ended early (``no_output``).
 """
 
 from __future__ import annotations

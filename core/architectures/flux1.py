@@ -40,6 +40,12 @@ def grid(model: Flux, x: Tensor) -> tuple[int, int]:
     return (x.shape[-2] + patch // 2) // patch, (x.shape[-1] + patch // 2) // patch
 
 
+def no_output(model: Flux, x: Tensor) -> Tensor:
+    """Zeros in the shape of what the model makes of a latent. Fill and control LoRAs take more channels than
+    they give."""
+    return x.new_zeros(len(x), model.params.out_channels, *x.shape[2:])
+
+
 def rotate(keys: Tensor, pe: Tensor | None) -> Tensor:
     return keys if pe is None else apply_rope1(keys, pe)
 

@@ -1,0 +1,376 @@
+"""Recordings of existing images: noise is added, the model looks once per noise level and sample, and stops
+after the last recorded layer (arXiv 2502.04320, section 5; the reference's ``encode_image``).
+
+Shapes: B images, S noise samples, K concepts. An evaluation has rows: S * B of them, sample by sample, or as
+many as fit into memory at once.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import comfy.model_management
+import comfy.sample
+import comfy.utils
+import torch
+from comfy.ldm.common_dit import pad_to_patch_size
+from comfy.samplers import CFGGuider, Sampler
+from torch import Tensor
+
+from .architectures import family_of
+from .concepts import Concepts
+from .observe import observe
+from .recording import Recording, recording_of
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+
+AVERAGES = ("after softmax", "before softmax")
+LEVEL = 0.5
+
+
+def observe_image(
+    model: ModelPatcher,
+    concepts: Concepts,
+    tokens: Tensor,
+    latent: Tensor,
+    conditioning: list,
+    *,
+    image_size: tuple[int, int],
+    levels: Sequence[float] = (LEVEL,),
+    samples: int = 1,
+    seed: int = 0,
+    noise: Tensor | None = None,
+    layers: Collection[int] | None = None,
+    spaces: Collection[str] = ("output",),
+    attend_image: bool = True,
+    attend_concepts: bool = True,
+    pooled_prompt: bool = True,
+    average: str = "after softmax",
+) -> Recording:
+    """What the model sees in images that it did not paint.
+
+    Everything runs through ComfyUI's own sampling, so that LoRAs, ControlNets, other nodes' patches,
+    offloading and Cancel work as they do in a sampler. ``model`` stays as it is; if it is observed already,
+    that observer has no part in this.
+
+    The reference's settings: first tokens of concepts, ``step_levels(model, "2", 4)``, guidance 0 in the
+    conditioning, and no pooled prompt.
+
+    Args:
+        tokens: one text encoder token for each of ``concepts.all``, (K, C).
+        latent: the images as ``VAE.encode`` gives them, (B, C, H, W).
+        conditioning: the prompt, as CLIPTextEncode gives it. Tensors in it with more than one row have one
+            for each image.
+        image_size: height and width of the images in pixels, which may be less than the latent's: what
+            ``encode_images`` padded.
+        levels: noise levels (sigma, the t of flow matching) from 0, the image as it is, to 1, noise only. The
+            model's ``noise_scaling`` adds the noise: (1 - t) * latent + t * noise.
+        samples: noise samples per level, S. All levels share them.
+        seed: sample i is the noise that ComfyUI draws for seed + i, as in the reference.
+        noise: the noise itself, (S, B, C, H, W), in place of that of ``samples`` and ``seed``.
+        layers: the double-stream blocks to record; the family's default ones if None.
+        spaces, attend_image, attend_concepts: as in ``observe``.
+        pooled_prompt: whether the image's own stream is given the prompt's pooled vector. The reference gives
+            it zeros.
+        average: "after softmax" keeps every level and sample as an evaluation of its own, and maps are means
+            of their softmaxes; "before softmax" keeps the mean of their scores as the only evaluation, with
+            the mean noise level.
+
+    Returns:
+        The recording: evaluations by level, the noisiest first, then by sample. Its steps number the levels.
+
+    Raises:
+        ValueError: the model is of no supported family, the latent is empty, not the model's or of another
+            size than the image, a level lies outside 0..1, or a choice does not exist.
+        RecordingError: another node keeps the model's attention from being seen.
+    """
+    levels = _checked(levels)
+    if average not in AVERAGES:
+        raise ValueError(f'Unknown average "{average}". Choose one of: {"; ".join(AVERAGES)}.')
+    diffusion_model = model.get_model_object("diffusion_model")
+    family = family_of(diffusion_model)
+    coverage = _coverage(model, latent, image_size)
+    if noise is None:
+        if samples < 1:
+            raise ValueError(f"Concept Attention needs at least one noise sample, not {samples}.")
+        noise = torch.stack([comfy.sample.prepare_noise(latent, (seed + i) % 2**64) for i in range(samples)])
+    default_layers = family.default_layers(diffusion_model)
+    observed = observe(
+        model,
+        concepts,
+        tokens,
+        layers=default_layers if layers is None else layers,
+        spaces=spaces,
+        attend_image=attend_image,
+        attend_concepts=attend_concepts,
+        budget=sys.maxsize,  # nothing is recorded here but what was asked for
+        maps_only=True,
+    )
+    if not pooled_prompt:
+        conditioning = [_without_pooled(entry) for entry in conditioning]
+    parts = _evaluate(observed, latent, noise, conditioning, levels, seed)
+    return _folded(parts, levels, noise.shape[:2], average, image_size, coverage)
+
+
+def encode_images(vae: VAE, images: Tensor, unit: int) -> Tensor:
+    """The latent of images (B, H, W, 3 or more), of which the first three channels count.
+
+    ``VAE.encode`` would cut off what is no multiple of its patch, on all sides. Here the images are padded to
+    a multiple of ``unit`` pixels first, at the bottom and on the right as ComfyUI's models pad latents, so
+    that the maps cover all of them. The padding repeats the edge: wrapped around, as in those models, it
+    would show what is on the other side.
+
+    Args:
+        unit: see ``patch_pixels``.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if not images.numel():
+        raise ValueError(f"There are no images: the batch has the shape {tuple(images.shape)}.")
+    pixels = images[..., :3].movedim(-1, 1)
+    padded = pad_to_patch_size(pixels, (unit, unit), padding_mode="replicate")
+    return vae.encode(padded.movedim(1, -1))
+
+
+def patch_pixels(model: ModelPatcher) -> int:
+    """The side of the square of pixels that becomes one patch of the model: 16 for Flux.1."""
+    downscale = model.get_model_object("latent_format").spacial_downscale_ratio
+    return downscale * model.get_model_object("diffusion_model").patch_size
+
+
+def parse_levels(text: str) -> tuple[float, ...]:
+    """Noise levels from text: one or more numbers in 0..1, as in "0.3, 0.5".
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        levels = tuple(float(part) for part in re.split(r"[,\s]+", text.strip(" ,\t\r\n")))
+    except ValueError:
+        raise ValueError(
+            f'Noise levels "{text}" cannot be read. Write numbers from 0 (the image as it is) to 1 (noise '
+            'only), as in "0.5" or "0.3, 0.5".'
+        ) from None
+    return _checked(levels)
+
+
+def step_levels(model: ModelPatcher, text: str, of: int) -> tuple[float, ...]:
+    """The noise levels at which steps of a schedule of ``of`` steps start, from text as in "2" or "1, 2".
+
+    Steps count from 0, which is noise only, as in the reference: equal steps from 1 to 0, then the time shift
+    of the model. That is the shift that the MODEL has, 1.15 for Flux.1 dev unless a ModelSamplingFlux node
+    changed it, and none for schnell: what the reference uses for 1024 x 1024 pixels, its only size.
+
+    Raises:
+        ValueError: the text cannot be read, or a step is not one of ``of``.
+    """
+    parts = re.split(r"[,\s]+", text.strip(" ,\t\r\n"))
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f'Noise steps "{text}" cannot be read. Write whole numbers, as in "2" or "1, 2".')
+    steps = [int(part) for part in parts]
+    for step in steps:
+        if step >= of:
+            raise ValueError(
+                f"There is no noise step {step} of {of}: steps go from 0 (noise only) to {of - 1}."
+            )
+    sampling = model.get_model_object("model_sampling")
+    return _checked([float(sampling.percent_to_sigma(step / of)) for step in steps])
+
+
+def _checked(levels: Sequence[float]) -> tuple[float, ...]:
+    """Each level once, from noise to image."""
+    outside = [level for level in levels if not 0 <= level <= 1]
+    if outside or not levels:
+        raise ValueError(
+            f"Noise level {outside[0]:g} is outside 0 (the image as it is) to 1 (noise only)."
+            if outside
+            else "No noise level was given. Name at least one, from 0 to 1."
+        )
+    return tuple(sorted(set(levels), reverse=True))
+
+
+def _coverage(model: ModelPatcher, latent: Tensor, image_size: tuple[int, int]) -> tuple[float, float]:
+    """The share of the patch grid that the image covers."""
+    latent_format = model.get_model_object("latent_format")
+    channels = latent_format.latent_channels
+    if latent.ndim != 4 or latent.shape[1] != channels:
+        raise ValueError(
+            f"The latent has the shape {tuple(latent.shape)}; this model takes (images, {channels}, height, "
+            "width). Use the VAE that belongs to the model, ae.safetensors for Flux.1."
+        )
+    if not len(latent):
+        raise ValueError("There are no images: the latent is an empty batch.")
+    diffusion_model = model.get_model_object("diffusion_model")
+    grid = family_of(diffusion_model).grid(diffusion_model, latent)
+    unit = patch_pixels(model)
+    if tuple(-(-n // unit) for n in image_size) != grid:
+        raise ValueError(
+            f"A latent of {latent.shape[-2]} x {latent.shape[-1]} is {grid[0]} x {grid[1]} patches of {unit} "
+            f"pixels, which an image of {image_size[0]} x {image_size[1]} pixels does not fill."
+        )
+    return (image_size[0] / (grid[0] * unit), image_size[1] / (grid[1] * unit))
+
+
+def _evaluate(
+    model: ModelPatcher,
+    latent: Tensor,
+    noise: Tensor,
+    conditioning: list,
+    levels: tuple[float, ...],
+    seed: int,
+) -> list[list[Recording]]:
+    """For parts of the rows, one after the other, a recording for each level."""
+    images = torch.arange(len(latent)).repeat(len(noise))
+    noise = noise.flatten(0, 1)
+    at_once = min(len(images), _rows_that_fit(model, latent))
+    progress = comfy.utils.ProgressBar(len(images) * len(levels))
+    parts: list[list[Recording]] = []
+    start = 0
+    while start < len(images):
+        rows = slice(start, start + at_once)
+        part = []
+        try:
+            for level in levels:
+                done = start * len(levels) + len(part) * len(images[rows])
+                progress.update_absolute(done)
+                part.append(
+                    _one_evaluation(
+                        model,
+                        latent[images[rows]],
+                        noise[rows],
+                        [_of_images(entry, images[rows]) for entry in conditioning],
+                        level,
+                        seed,
+                    )
+                )
+        except Exception as error:
+            comfy.model_management.raise_non_oom(error)
+            if at_once == 1:
+                raise
+            too_much = True
+        else:
+            too_much = False
+        if too_much:  # out here, where no traceback keeps the failed evaluation's tensors
+            at_once = -(-at_once // 2)
+            comfy.model_management.soft_empty_cache()
+            continue
+        parts.append(part)
+        start += at_once
+    progress.update_absolute(len(images) * len(levels))
+    return parts
+
+
+def _rows_that_fit(model: ModelPatcher, latent: Tensor) -> int:
+    """By ComfyUI's estimate of the memory that the model needs, with the reserve that it keeps itself."""
+    needed = 1.5 * model.model.memory_required([1, *latent.shape[1:]])
+    comfy.model_management.load_models_gpu([model], memory_required=needed)
+    return max(1, int(model.get_free_memory(model.load_device) // needed))
+
+
+def _one_evaluation(
+    model: ModelPatcher, latent: Tensor, noise: Tensor, conditioning: list, level: float, seed: int
+) -> Recording:
+    """A sampling run of its own, since caches such as EasyCache would skip what resembles the evaluation
+    before."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    guider = CFGGuider(model)
+    guider.inner_set_conds({"positive": conditioning})
+    sigmas = torch.tensor([level, 0.0])
+    sampled = guider.sample(noise, latent, _Once(), sigmas, disable_pbar=True, seed=seed)
+    return recording_of({"samples": sampled})
+
+
+class _Once(Sampler):
+    """Evaluates the model at the first noise level, and that is all."""
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ) -> Tensor:
+        x = model_wrap.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent_image)
+        model_wrap(x, sigmas[:1].expand(len(x)), **extra_args)
+        return x
+
+
+def _without_pooled(entry: list) -> list:
+    context, values = entry
+    pooled = values.get("pooled_output")
+    return [context, values if pooled is None else {**values, "pooled_output": torch.zeros_like(pooled)}]
+
+
+def _of_images(entry: list, images: Tensor) -> list:
+    """A conditioning's rows for these images. ComfyUI would count from its first row in every part."""
+
+    def rows(value):
+        if isinstance(value, Tensor) and value.ndim and len(value) > 1:
+            return value[images % len(value)]
+        if isinstance(value, list):  # reference latents
+            return [rows(v) for v in value]
+        return value
+
+    context, values = entry
+    values = {name: rows(value) for name, value in values.items()}
+    if "control" in values:
+        values["control"] = _control_of_images(values["control"], rows)
+    return [rows(context), values]
+
+
+def _control_of_images(control, rows):
+    """A ControlNet, and those before it, whose hint has an image for each of ours."""
+    previous = control.previous_controlnet
+    chosen = None if previous is None else _control_of_images(previous, rows)
+    hint = rows(control.cond_hint_original)
+    if chosen is previous and hint is control.cond_hint_original:
+        return control
+    copy = control.copy()
+    copy.cond_hint_original = hint
+    copy.set_previous_controlnet(chosen)
+    return copy
+
+
+def _folded(
+    parts: list[list[Recording]],
+    levels: tuple[float, ...],
+    shape: tuple[int, int],
+    average: str,
+    image_size: tuple[int, int],
+    coverage: tuple[float, float],
+) -> Recording:
+    """One recording of (S, B) images out of those of parts of the rows."""
+    first = parts[0][0]
+    scores: dict[str, tuple[Tensor, ...]] = {}
+    for space in first.scores:
+        evaluations: list[Tensor] = []
+        for at_level in zip(*parts, strict=True):
+            rows = torch.cat([recording.scores[space][0] for recording in at_level], 1)
+            evaluations.extend(rows.unflatten(1, shape).unbind(1))
+        if average == "before softmax":
+            evaluations = [sum(evaluations) / len(evaluations)]
+        scores[space] = tuple(evaluations)
+    sigmas = [level for level in levels for _ in range(shape[0])]
+    steps = [step for step in range(len(levels)) for _ in range(shape[0])]
+    if average == "before softmax":
+        sigmas, steps = [sum(levels) / len(levels)], [0]
+    return Recording(
+        concepts=first.concepts,
+        layers=first.layers,
+        default_layers=first.default_layers,
+        sigmas=tuple(sigmas),
+        steps=tuple(steps),
+        scores=scores,
+        image_size=image_size,
+        coverage=coverage,
+    )

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..core.architectures import family_of
+from ..core.concepts import POOLINGS, encode_concepts, parse_concepts
+from ..core.image import (
+    AVERAGES,
+    LEVEL,
+    encode_images,
+    observe_image,
+    parse_levels,
+    patch_pixels,
+    step_levels,
+)
+from ..core.recording import parse_layers, remember
+from .types import CATEGORY
+
+
+class ConceptAttentionImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptAttentionImage",
+            display_name="Concept Attention (Image)",
+            category=CATEGORY,
+            description=(
+                "Finds concepts in a picture that you already have. The model looks at it once, through some "
+                "noise, and nothing is painted. Connect the LATENT to Concept Saliency."
+            ),
+            search_aliases=[
+                "concept attention",
+                "segmentation",
+                "saliency",
+                "heatmap",
+                "attention map",
+                "existing image",
+                "encode image",
+                "where is",
+                "interpretability",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="Without Concept Attention: it is not sampled."),
+                io.Clip.Input("clip", tooltip="The text encoders of the same model."),
+                io.Vae.Input("vae", tooltip="The VAE of the same model."),
+                io.Image.Input("image", tooltip="Any size. A batch, or the frames of a video, one by one."),
+                io.String.Input(
+                    "concepts",
+                    multiline=True,
+                    placeholder="dragon, rock, sky",
+                    dynamic_prompts=False,
+                    tooltip=(
+                        "Things to find, one per line or separated by commas. Name all that fills the "
+                        "picture: concepts compete for every patch."
+                    ),
+                ),
+                io.String.Input(
+                    "background",
+                    default="background",
+                    dynamic_prompts=False,
+                    tooltip="Concepts that compete as well, but get no map of their own.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    placeholder="what the picture shows (optional)",
+                    tooltip="Says what the picture shows. Maps get better, but it can stay empty.",
+                ),
+                io.DynamicCombo.Input(
+                    "noise",
+                    options=[
+                        io.DynamicCombo.Option(
+                            "level",
+                            [
+                                io.String.Input(
+                                    "levels",
+                                    default=f"{LEVEL:g}",
+                                    tooltip=(
+                                        "From 0, the picture as it is, to 1, noise only. Several, as in "
+                                        '"0.3, 0.5, 0.7", are averaged; each takes a pass of the model.'
+                                    ),
+                                )
+                            ],
+                        ),
+                        io.DynamicCombo.Option(
+                            "step",
+                            [
+                                io.String.Input(
+                                    "steps",
+                                    default="2",
+                                    tooltip=(
+                                        "The noise that is left when this step of a schedule begins. Step 0 "
+                                        'is noise only. Several, as in "1, 2", are averaged.'
+                                    ),
+                                ),
+                                io.Int.Input(
+                                    "of", default=4, min=1, max=1000, tooltip="How many steps it has."
+                                ),
+                            ],
+                        ),
+                    ],
+                    tooltip=(
+                        "How much noise the model sees the picture through: as a level, or as a step of a "
+                        "schedule like in the paper's reference: step 2 of 4, and 3 of 4 for segmentation."
+                    ),
+                ),
+                io.Int.Input(
+                    "samples",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="Noise samples per level, averaged: steadier maps for more time.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Of the noise.",
+                ),
+                io.Combo.Input(
+                    "token_pooling",
+                    options=list(POOLINGS),
+                    advanced=True,
+                    tooltip=(
+                        "How a concept of several tokens becomes one. The paper's reference takes the "
+                        'first token, which for "hot air balloon" is "hot".'
+                    ),
+                ),
+                io.String.Input(
+                    "record_layers",
+                    default="default",
+                    advanced=True,
+                    tooltip=(
+                        'Double-stream blocks to record: "default" (the last four), "all", or numbers as in '
+                        '"0, 15-18". The model stops after the last of them.'
+                    ),
+                ),
+                io.Boolean.Input(
+                    "record_cross_attention",
+                    default=False,
+                    advanced=True,
+                    tooltip="Also record the space of queries, to compare with the output space.",
+                ),
+                io.Boolean.Input(
+                    "record_value",
+                    default=False,
+                    advanced=True,
+                    tooltip="Also record the space of values, to compare with the output space.",
+                ),
+                io.Combo.Input(
+                    "average",
+                    options=list(AVERAGES),
+                    advanced=True,
+                    tooltip="Of several levels and samples: the mean of their maps, or of their raw scores.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=3.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="For guidance-distilled models such as Flux.1 dev. The reference uses 0.",
+                ),
+                io.Boolean.Input(
+                    "pooled_prompt",
+                    default=True,
+                    advanced=True,
+                    tooltip="Give the model the prompt's CLIP vector too. The reference leaves it out.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip="The encoded picture, with its recording, for Concept Saliency.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        clip: io.Clip.Type,
+        vae: io.Vae.Type,
+        image: torch.Tensor,
+        concepts: str,
+        background: str,
+        prompt: str,
+        noise: dict,
+        samples: int,
+        seed: int,
+        token_pooling: str,
+        record_layers: str,
+        record_cross_attention: bool,
+        record_value: bool,
+        average: str,
+        guidance: float,
+        pooled_prompt: bool,
+    ) -> io.NodeOutput:
+        diffusion_model = model.get_model_object("diffusion_model")
+        family = family_of(diffusion_model)
+        parsed = parse_concepts(concepts, background)
+        layers = parse_layers(
+            record_layers,
+            available=range(family.depth(diffusion_model)),
+            default=family.default_layers(diffusion_model),
+        )
+        spaces = ["output"]
+        if record_cross_attention:
+            spaces.append("cross-attention")
+        if record_value:
+            spaces.append("value")
+        if noise["noise"] == "step":
+            levels = step_levels(model, noise["steps"], noise["of"])
+        else:
+            levels = parse_levels(noise["levels"])
+        tokens = encode_concepts(clip, parsed.all, token_pooling, family.token_width(diffusion_model))
+        conditioning = clip.encode_from_tokens_scheduled(
+            clip.tokenize(prompt), add_dict={"guidance": guidance}
+        )
+        latent = encode_images(vae, image, patch_pixels(model))
+        recording = observe_image(
+            model,
+            parsed,
+            tokens,
+            latent,
+            conditioning,
+            image_size=tuple(image.shape[1:3]),
+            levels=levels,
+            samples=samples,
+            seed=seed,
+            layers=layers,
+            spaces=spaces,
+            pooled_prompt=pooled_prompt,
+            average=average,
+        )
+        remember(latent, recording)
+        return io.NodeOutput({"samples": latent})
