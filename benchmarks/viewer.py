@@ -134,7 +134,7 @@ def _settle(page: Page) -> None:
 
 
 def _ours(url: str) -> bool:
-    return "filename=concept_viewer_" in url or "/concept_attention/" in url and "live" not in url
+    return "filename=concept_viewer_" in url or ("/concept_attention/" in url and "live" not in url)
 
 
 if __name__ == "__main__":

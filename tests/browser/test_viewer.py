@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +17,6 @@ from concept_attention.core.maps import heatmaps
 from concept_attention.core.recording import Recording
 
 HERE = Path(__file__).parent
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-if CHROMIUM is None:
-    pytest.skip("no Chromium: install it, or set CHROMIUM to its path", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="the viewer is tested with playwright")
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
 ROWS, COLUMNS, BATCH = 64, 64, 2
 # half a level, and half of the third decimal that the viewer shows
 TOLERANCE = 1 / 510 + 0.0005
@@ -50,36 +41,14 @@ def server(tmp_path_factory) -> Iterator[comfyui_setup.Server]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
 class Viewer:
     """The page and the viewer on it."""
 
-    def __init__(self, page, url: str) -> None:
-        self.page, self.url = page, url
+    def __init__(self, page, url: str, complaints: list[str]) -> None:
+        self.page, self.url, self.complaints = page, url, complaints
         self.seeds = itertools.count()
-        self.complaints: list[str] = []
         page.set_default_timeout(60_000)
-        page.on("console", self._hear)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("dialog", self._answer)
         self.open()
-
-    def _hear(self, message) -> None:
-        ours = "concept" in message.location.get("url", "") or "concept" in message.text.lower()
-        if message.type in ("error", "warning") and ours:
-            self.complaints.append(message.text)
-
-    def _answer(self, dialog) -> None:
-        if dialog.type != "beforeunload":
-            self.complaints.append(dialog.message)
-        dialog.accept()
 
     def open(self) -> None:
         self.page.goto(self.url, wait_until="domcontentloaded")
@@ -189,10 +158,11 @@ class Viewer:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["classic canvas", "Nodes 2.0"])
-def page(request, server, browser) -> Iterator[Viewer]:
+def page(request, server, browser, complaints_of) -> Iterator[Viewer]:
     server.post("/settings/Comfy.VueNodes.Enabled", request.param)
     context = browser.new_context(viewport={"width": 1400, "height": 1000})
-    yield Viewer(context.new_page(), server.url)
+    page = context.new_page()
+    yield Viewer(page, server.url, complaints_of(page))
     context.close()
 
 
