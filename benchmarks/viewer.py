@@ -106,13 +106,12 @@ def _measure(page: Page, url: str) -> None:
     page.evaluate(RUN)
     _settle(page)
     times = page.evaluate(DRAW, 15)
-    print(
-        f"  drawn after {statistics.median(times):.0f} ms (median of 15, {min(times):.0f} to {max(times):.0f})"
-    )
+    median, low, high = statistics.median(times), min(times), max(times)
+    print(f"  drawn after {median:.0f} ms (median of {len(times)}, {low:.0f} to {high:.0f})")
     page.evaluate(WATCH)
     for name in ("Layers", "Steps", "Opacity", "Threshold"):
         if name == "Steps":
-            page.get_by_text("Reset").click()
+            page.locator(".concept-viewer").get_by_text("Reset").click()
         box = page.locator(".concept-viewer").get_by_label(name, exact=True).bounding_box()
         y = box["y"] + box["height"] / 2
         page.mouse.move(box["x"] + 3, y)
@@ -121,8 +120,10 @@ def _measure(page: Page, url: str) -> None:
         page.mouse.up()
         _settle(page)
     print(f"  while dragging, the page did not answer for {page.evaluate('window.longest'):.0f} ms at most")
-    # Once each: the times above came from the same result.
-    sizes = {r.url: r.sizes()["responseBodySize"] for r in requests if _ours(r.url)}
+    sizes: dict[str, int] = {}
+    for request in requests:
+        if _ours(request.url):  # later ones may come from the browser's cache
+            sizes.setdefault(request.url, request.sizes()["responseBodySize"])
     for what in (".maps", ".jpg", "/layers", "/evaluations"):
         (size,) = (size for u, size in sizes.items() if what in u)
         print(f"  {what[1:]}: {size / 1000:.0f} KB")
