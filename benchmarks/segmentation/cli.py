@@ -7,8 +7,9 @@ import logging
 import sys
 from pathlib import Path
 
-import comfyui
 import torch
+
+import comfyui
 
 from . import datasets
 from .datasets import DataError, Dataset
@@ -45,14 +46,20 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--background", metavar="A,B,..", help="instead of the data set's background concepts")
 
     work = argparse.ArgumentParser(add_help=False, parents=[data])
-    work.add_argument("--out", type=Path, default=Path("out/segmentation"), help="folder of runs (%(default)s)")
+    work.add_argument(
+        "--out", type=Path, default=Path("out/segmentation"), help="folder of runs (%(default)s)"
+    )
     work.add_argument("--limit", type=int, help=f"the first so many images (scenes: {SCENES}, else all)")
-    work.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="this worker's part of the images")
+    work.add_argument(
+        "--shard", type=_shard, default=(1, 1), metavar="I/N", help="this worker's part of the images"
+    )
     work.add_argument("--models", choices=("demo", "flux"), default="demo", help="(%(default)s)")
     work.add_argument("--unet", type=Path, help="flux: the diffusion model's file")
     work.add_argument("--clip", type=Path, nargs="+", help="flux: the files of CLIP-L and T5")
     work.add_argument("--vae", type=Path, help="flux: the VAE's file")
-    work.add_argument("--size", type=int, default=1024, help="flux: side in pixels of what it sees (%(default)s)")
+    work.add_argument(
+        "--size", type=int, default=1024, help="flux: side in pixels of what it sees (%(default)s)"
+    )
 
     one = commands.add_parser("run", parents=[work], help="run one method")
     one.add_argument("--method", choices=available(), default="concept-attention", help="(%(default)s)")
@@ -68,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--bilinear", action="store_true", help="enlarge maps smoothly")
     one.set_defaults(command=_run)
 
-    many = commands.add_parser("sweep", parents=[work], help="run all that the paper's tables and figures compare")
+    many = commands.add_parser(
+        "sweep", parents=[work], help="run all that the paper's tables and figures compare"
+    )
     many.set_defaults(command=_sweep)
 
     again = commands.add_parser("report", parents=[data], help="write the report of a run again")
@@ -120,7 +129,8 @@ def _work(args: argparse.Namespace, groups) -> None:
     if args.shard == (1, 1):
         print(f"Report: {report(store, dataset)}")
     else:
-        print(f"Once all parts are done: python -m benchmarks.segmentation report {store.folder} --data {args.data}")
+        command = f"python -m benchmarks.segmentation report {store.folder} --data {args.data}"
+        print(f"Once all parts are done: {command}")
 
 
 def _start_comfyui() -> None:
@@ -135,7 +145,7 @@ def _start_comfyui() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import comfy.cli_args  # noqa: F401 - it reads the arguments when imported
+    import comfy.cli_args
 
     sys.argv = given
 
@@ -145,7 +155,7 @@ def _flux(args: argparse.Namespace):
 
     missing = [f"--{name}" for name in ("unet", "clip", "vae") if not getattr(args, name)]
     if missing:
-        raise ValueError(f'--models flux needs the files of the models: {", ".join(missing)}.')
+        raise ValueError(f"--models flux needs the files of the models: {', '.join(missing)}.")
     return Models.flux(args.unet, args.clip, args.vae, args.size)
 
 

@@ -191,7 +191,9 @@ def pascal_voc(path: Path, *, several: bool, split: str = "val", size: int = 224
         "Expected the folder VOC2012 of Pascal VOC 2012 with ImageSets/Segmentation/"
         f"{split}.txt, JPEGImages and SegmentationClass. Get VOCtrainval_11-May-2012.tar from {VOC_URL}"
     )
-    root = next((p for p in (path, path / "VOC2012", path / "VOCdevkit/VOC2012") if (p / "ImageSets").is_dir()), path)
+    root = next(
+        (p for p in (path, path / "VOC2012", path / "VOCdevkit/VOC2012") if (p / "ImageSets").is_dir()), path
+    )
     listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not listed.is_file():
         raise DataError(f'There is no file "{listed}". {expected}')
@@ -235,7 +237,7 @@ def folder(path: Path) -> Dataset:
     expected = (
         'Expected a folder with "images" and "masks": for every image, a PNG of the same name and size in '
         '"masks". Either classes.json names the numbers in the masks, or the images of each concept are in a '
-        'folder of its name, such as images/dog/1.jpg and masks/dog/1.png.'
+        "folder of its name, such as images/dog/1.jpg and masks/dog/1.png."
     )
     root = path / "images"
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) if root.is_dir() else []
@@ -262,34 +264,39 @@ def folder(path: Path) -> Dataset:
 
 
 def scenes(*, several: bool = False, look_alike: bool = False) -> Dataset:
-    """A thousand of the demo's held-out scenes (demo/scenes.py), with exact labels.
+    """The demo's held-out scenes (demo/scenes.py), with exact labels: of a thousand, those that show one
+    object only, which is class 1.
 
     Args:
-        several: all that the scene shows is named, and competes; else the first of its objects, against
-            background concepts.
-        look_alike: two objects of one noun, named by colour ("red ball"): concepts of several tokens.
+        several: all of the thousand, each with all that it shows, grounds and sky too.
+        look_alike: scenes with two objects of one noun, which are named by colour ("red ball") and so have
+            several tokens. Their classes are the first and the second object.
     """
     from scenes import GROUNDS, HELD_OUT, NOUNS, make_scene
 
+    if look_alike and not several:
+        raise ValueError("Look-alike scenes show two objects: they are there with several classes only.")
     nouns = (*NOUNS, *GROUNDS, "sky")
+    seeds = range(HELD_OUT, HELD_OUT + 1000)
+    if not several:
+        seeds = [seed for seed in seeds if sum(r.colour is not None for r in make_scene(seed).regions) == 1]
 
     def load(index: int) -> Example:
-        scene = make_scene(HELD_OUT + index, look_alike)
-        said = [r.phrase if look_alike else r.noun for r in scene.regions]
-        if several and look_alike:  # classes that differ in colour only are told apart by their order
-            classes = [100 + i if r.colour else 1 + nouns.index(r.noun) for i, r in enumerate(scene.regions)]
-        elif several:
-            classes = [1 + nouns.index(noun) for noun in said]
+        scene = make_scene(seeds[index], look_alike)
+        if several:
+            classes = [
+                len(nouns) + 1 + i if look_alike and r.colour else nouns.index(r.noun) + 1
+                for i, r in enumerate(scene.regions)
+            ]
         else:
-            classes = [1, *[0] * (len(said) - 1)]
+            classes = [int(r.colour is not None) for r in scene.regions]
+        said = [r.phrase if look_alike else r.noun for r in scene.regions]
         names = {c: name for c, name in zip(classes, said, strict=True) if c}
-        labels = np.asarray(classes)[scene.labels]
-        return Example(f"scene {HELD_OUT + index}", scene.image, labels, names)
+        return Example(f"scene {seeds[index]}", scene.image, np.asarray(classes)[scene.labels], names)
 
     name = "-".join(["scenes", *["look-alike"] * look_alike, *["multi"] * several])
-    ids = tuple(str(HELD_OUT + i) for i in range(1000))
     background = () if several else ("background", *GROUNDS, "sky")
-    return Dataset(name, ids, load, background, several)
+    return Dataset(name, tuple(map(str, seeds)), load, background, several)
 
 
 def _picture(path: Path, expected: str) -> np.ndarray:

@@ -67,6 +67,7 @@ class Models:
         """The bundled demo model."""
         import comfy.sd
         import comfy.utils
+
         from text_encoder import load_text_encoder
 
         files = {name: folder / f"{name}.safetensors" for name in ("flux", "text_encoder", "vae")}

@@ -36,7 +36,9 @@ IMAGENET = {
 }
 # Tables 1 (Pascal VOC, single class) and 2 (several classes; no mAP):
 VOC = {"methods": {"ConceptAttention": (87.85, 76.45, 90.19), "Flux cross-attention": (80.37, 54.77, 89.08)}}
-VOC_MULTI = {"methods": {"ConceptAttention": (86.99, 51.39, None), "Flux cross-attention": (79.52, 27.04, None)}}
+VOC_MULTI = {
+    "methods": {"ConceptAttention": (86.99, 51.39, None), "Flux cross-attention": (79.52, 27.04, None)}
+}
 # Other methods in Table 1, ImageNet-Segmentation then Pascal VOC (single class), and in Table 2:
 OTHERS = {
     "imagenet": {
@@ -75,7 +77,9 @@ class Results:
     def __init__(self, store: Store) -> None:
         self.by_image = store.results()
         self.several: bool = store.settings["several"]
-        self.groups = [(name, title, dict(map(tuple, rows))) for name, title, rows in store.settings["groups"]]
+        self.groups = [
+            (name, title, dict(map(tuple, rows))) for name, title, rows in store.settings["groups"]
+        ]
         self.first = next(iter(store.settings["methods"]))
         self._scores: dict[tuple[str, bool], Scores] = {}
 
@@ -94,7 +98,11 @@ def summary(store: Store) -> str:
     """The scores of the first method, on one line."""
     results = Results(store)
     scores = results.scores(results.first)
-    parts = [f"{scores.images} images", f"accuracy {_percent(scores.accuracy)}", f"mIoU {_percent(scores.miou)}"]
+    parts = [
+        f"{scores.images} images",
+        f"accuracy {_percent(scores.accuracy)}",
+        f"mIoU {_percent(scores.miou)}",
+    ]
     if scores.map is not None:
         parts.append(f"mAP {_percent(scores.map)}")
     return f"{store.settings['data']['name']}: {', '.join(parts)}"
@@ -119,7 +127,9 @@ def report(store: Store, dataset: Dataset) -> Path:
     if others := OTHERS.get(dataset.name):
         lines += ["## Other methods, from the paper", "", *_others(others), ""]
     cases(results, dataset).savefig(store.folder / "cases.png", dpi=100)
-    lines += ["## Best, median and worst images", "", "![Images, true masks and maps](cases.png)", ""]
+    key = "right green, wrong orange" if results.several else "right green, missed blue, wrong orange"
+    lines += ["## Best, median and worst images", "", f"Mask: {key}.", ""]
+    lines += ["![Images, true masks and maps](cases.png)", ""]
     write_json(store.folder / "scores.json", scores)
     path = store.folder / "report.md"
     path.write_text("\n".join(lines), "utf-8")
@@ -169,7 +179,11 @@ def _table(results: Results, dataset: str, name: str, rows: dict[str, str]) -> l
         cells = [_escaped(label), _percent(scores.accuracy)]
         cells.append(f"{_percent(scores.miou)} [{_percent(low)}, {_percent(high)}]")
         if not results.several:
-            cells += [_percent(scores.map), _percent(scores.pooled_iou), _percent(results.scores(key, True).miou)]
+            cells += [
+                _percent(scores.map),
+                _percent(scores.pooled_iou),
+                _percent(results.scores(key, True).miou),
+            ]
         if len(rows) > 1:
             cells.append("" if key == first else _difference(results, key, first))
         if paper:
@@ -216,7 +230,9 @@ def _plot(results: Results, rows: dict[str, str], title: str) -> Figure:
         axes.plot([x for x, _ in points], values, "o-", color=colour, markersize=4, label=NAMES[kind])
     for (label, key), style in zip(across.items(), ("--", ":", "-."), strict=False):
         name = f"{label.lower()}, mIoU"
-        axes.axhline(100 * results.scores(key).miou, color=COLOURS["miou"], linestyle=style, linewidth=1, label=name)
+        axes.axhline(
+            100 * results.scores(key).miou, color=COLOURS["miou"], linestyle=style, linewidth=1, label=name
+        )
     if all(x == int(x) for x, _ in points):
         axes.set_xticks([x for x, _ in points])
     axes.set_xlabel(title)
@@ -233,7 +249,7 @@ def _is_number(text: str) -> bool:
 
 def cases(results: Results, dataset: Dataset, each: int = 2) -> Figure:
     """The best, the median and the worst images by the first method: picture, truth, map, and what was
-    right (green), missed (blue) and wrong (red)."""
+    right (green), missed (blue) and wrong (orange)."""
     scored = sorted(
         (-scores_of([main_result(image["results"][results.first])[0]], [None]).miou, index)
         for index, image in results.by_image.items()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ...core.concepts import Concepts
 from .datasets import Dataset, Example
 from .methods import Query
-from .metrics import Tally, above_mean, at_size, binary_average_precision, count, resized, unit_range, winners
+from .metrics import Tally, above_mean, binary_average_precision, count, resized, unit_range, winners
 from .store import Store, key_of
 from .sweep import Group
 

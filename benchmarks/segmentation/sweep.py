@@ -37,7 +37,11 @@ def single(models: Models, method: str, choices: Mapping) -> list[Group]:
     return [Group("methods", "Result", {LABELS.get(method, method): loader(method)(models, **choices)})]
 
 
-LABELS = {"concept-attention": "ConceptAttention", "cross-attention": "Flux cross-attention", "value": "Value space"}
+LABELS = {
+    "concept-attention": "ConceptAttention",
+    "cross-attention": "Flux cross-attention",
+    "value": "Value space",
+}
 
 
 def full(models: Models, background: tuple[str, ...]) -> list[Group]:
@@ -52,7 +56,10 @@ def full(models: Models, background: tuple[str, ...]) -> list[Group]:
         Group(
             "methods",
             "Methods (the paper's Tables 1 and 2)",
-            {LABELS[name]: loader(name)(models) for name in ("concept-attention", "cross-attention", "value")},
+            {
+                LABELS[name]: loader(name)(models)
+                for name in ("concept-attention", "cross-attention", "value")
+            },
         ),
         Group(
             "spaces",
