@@ -116,7 +116,9 @@ class Models:
 
     def expect(self, space: str) -> None:
         """Record this space too from now on, so that one forward pass serves all methods."""
-        self._spaces.add(space)
+        if space not in self._spaces:
+            self._spaces.add(space)
+            self._seen = (None, {})
 
     def recording(self, query: Query, view: View, samples: int) -> Recording:
         """Scores of all layers in all the spaces expected, with an evaluation for each of the samples of
