@@ -13,7 +13,7 @@ and experiments/pascal_voc_segmentation):
 
 The reference stacks foreground and background into one array before it counts for ImageNet-Segmentation,
 so that both classes get one pooled IoU, which is accuracy / (2 - accuracy). All rows of Flux in the
-paper's Tables 1, 3 and 4 fulfil that (0.8307 / (2 - 0.8307) = 0.7104). ``Scores.pooled_iou`` is
+paper's Tables 1, 3 and 4 fulfil that to rounding (0.8307 / (2 - 0.8307) = 0.7104). ``Scores.pooled_iou`` is
 that number, for comparing with the paper; ``Scores.miou`` is the mean over the classes, as its text says.
 """
 
