@@ -15,7 +15,7 @@ import pytest
 import torch
 from benchmark_worker import Brightness, work
 from PIL import Image
-from test_benchmark_datasets import write_imagenet
+from test_benchmark_datasets import write_imagenet, write_voc
 
 from concept_attention.benchmarks.segmentation import cli, datasets, metrics, models
 from concept_attention.benchmarks.segmentation.methods import Query, available, loader
@@ -98,6 +98,20 @@ def test_the_interval_holds_the_score_and_is_nothing_for_a_difference_from_itsel
     low, high = metrics.miou_interval(counts)
     assert low < metrics.scores_of(counts, [None] * 30).miou < high
     assert metrics.miou_interval(counts, counts) == (0, 0)
+
+
+@pytest.mark.parametrize("winner, predicted", [(-1, 0), (0, 8), (1, 15)])
+def test_background_concepts_stand_for_class_0_and_names_for_their_classes(tmp_path, winner, predicted):
+    write_voc(tmp_path)
+    data = datasets.pascal_voc(tmp_path, several=True)
+
+    def one_wins(query: Query) -> torch.Tensor:
+        maps = torch.zeros(len(query.concepts.all), 4, 4)
+        maps[winner] = 1
+        return maps
+
+    result = evaluate(data.load(1), data, {"method": one_wins})
+    assert {p for _, p, _ in result["results"]["method"]["argmax"]} == {predicted}
 
 
 # Results on disk
