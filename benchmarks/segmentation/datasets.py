@@ -172,7 +172,7 @@ def _concepts_of_synsets(names: Path, words: Path | None) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise DataError(f'"{words}" cannot be read as synset names ({error}). {NAMES_EXPECTED}') from None
     first = {synset: text.split(",")[0].strip() for synset, text in first.items()}
-    return {**given, **{synset: given[name] for synset, name in first.items() if name in given}}
+    return {synset: given[name] for synset, name in first.items() if name in given}
 
 
 def pascal_voc(path: Path, *, several: bool, split: str = "val", size: int = 224) -> Dataset:
