@@ -1,0 +1,203 @@
+"""Command line: ``run`` one method, ``sweep`` all that the paper compares, ``report`` on a run again."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+import comfyui
+
+from . import datasets
+from .datasets import DataError, Dataset
+from .methods import available
+from .report import report, summary
+from .run import run
+from .store import Store
+from .sweep import Group, full, single
+
+DATA = ("scenes", "scenes-multi", "scenes-look-alike-multi", "imagenet", "voc", "voc-multi", "folder")
+SCENES = 200
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    try:
+        args.command(args)
+    except (DataError, FileNotFoundError, ValueError, comfyui.NoComfyUI) as error:
+        sys.exit(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.segmentation",
+        description="Zero-shot segmentation with concept maps, measured as in the ConceptAttention paper.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("--data", choices=DATA, default="scenes", help="data set (%(default)s)")
+    data.add_argument("--path", type=Path, help="its file or folder; scenes need none")
+    data.add_argument("--names", type=Path, help="imagenet: JSON with a concept for each synset")
+    data.add_argument("--words", type=Path, help="imagenet: names of the synsets, if --names goes by them")
+    data.add_argument("--background", metavar="A,B,..", help="instead of the data set's background concepts")
+
+    work = argparse.ArgumentParser(add_help=False, parents=[data])
+    work.add_argument(
+        "--out", type=Path, default=Path("out/segmentation"), help="folder of runs (%(default)s)"
+    )
+    work.add_argument("--limit", type=int, help=f"the first so many images (scenes: {SCENES}, else all)")
+    work.add_argument(
+        "--shard", type=_shard, default=(1, 1), metavar="I/N", help="this worker's part of the images"
+    )
+    work.add_argument("--models", choices=("demo", "flux"), default="demo", help="(%(default)s)")
+    work.add_argument("--unet", type=Path, help="flux: the diffusion model's file")
+    work.add_argument("--clip", type=Path, nargs="+", help="flux: the files of CLIP-L and T5")
+    work.add_argument("--vae", type=Path, help="flux: the VAE's file")
+    work.add_argument(
+        "--size", type=int, default=1024, help="flux: side in pixels of what it sees (%(default)s)"
+    )
+
+    one = commands.add_parser("run", parents=[work], help="run one method")
+    one.add_argument("--method", choices=available(), default="concept-attention", help="(%(default)s)")
+    one.add_argument("--layers", default="default", help='"default", "all", "last 10", or as in "0, 15-18"')
+    one.add_argument("--level", type=float, default=0.5, help="noise level, 0 to 1 (%(default)s)")
+    one.add_argument("--samples", type=int, default=1, help="of noise (%(default)s)")
+    one.add_argument("--temperature", type=float, default=1.0, help="of the softmax (%(default)s)")
+    one.add_argument("--no-softmax", action="store_true")
+    one.add_argument("--first-token", action="store_true", help="not the mean of a concept's tokens")
+    one.add_argument("--no-cross", action="store_true", help="concepts do not attend to the image")
+    one.add_argument("--no-self", action="store_true", help="concepts do not attend to each other")
+    one.add_argument("--no-caption", action="store_true", help="the model sees an empty prompt")
+    one.add_argument("--bilinear", action="store_true", help="enlarge maps smoothly")
+    one.set_defaults(command=_run)
+
+    many = commands.add_parser(
+        "sweep", parents=[work], help="run all that the paper's tables and figures compare"
+    )
+    many.set_defaults(command=_sweep)
+
+    again = commands.add_parser("report", parents=[data], help="write the report of a run again")
+    again.add_argument("run", type=Path, help="the run's folder")
+    again.set_defaults(command=_report)
+    return parser
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f'"{text}" is no part such as 1/2 or 2/2')
+    return int(number), int(count)
+
+
+def _run(args: argparse.Namespace) -> None:
+    choices = {
+        "layers": args.layers,
+        "level": args.level,
+        "samples": args.samples,
+        "temperature": args.temperature,
+        "softmax": not args.no_softmax,
+        "pooling": "first token" if args.first_token else "mean of tokens",
+        "attend_image": not args.no_cross,
+        "attend_concepts": not args.no_self,
+        "captioned": not args.no_caption,
+        "bilinear": args.bilinear,
+    }
+    _work(args, lambda models, _: single(models, args.method, choices))
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    _work(args, lambda models, dataset: full(models, dataset.background))
+
+
+def _work(args: argparse.Namespace, groups) -> None:
+    dataset = dataset_of(args)
+    _start_comfyui()
+    from .models import Models
+
+    with torch.inference_mode():
+        models = Models.demo() if args.models == "demo" else _flux(args)
+        chosen: list[Group] = groups(models, dataset)
+        limit = args.limit or (SCENES if args.data.startswith("scenes") else None)
+        about = {"torch": torch.__version__, "ComfyUI": _comfyui_version()}
+        logging.disable(logging.INFO)
+        store = run(dataset, chosen, models.settings, args.out, shard=args.shard, limit=limit, about=about)
+    print(summary(store))
+    if args.shard == (1, 1):
+        print(f"Report: {report(store, dataset)}")
+    else:
+        command = f"python -m benchmarks.segmentation report {store.folder} --data {args.data}"
+        print(f"Once all parts are done: {command}")
+
+
+def _start_comfyui() -> None:
+    """Make ComfyUI importable, on the GPU if PyTorch sees one."""
+    path = comfyui.find()
+    if path is None:
+        raise comfyui.NoComfyUI(f"No ComfyUI was found. {comfyui.HELP}")
+    # First, so that its module ``nodes`` is not hidden by this plugin's package of that name.
+    sys.path.insert(0, str(path))
+    arguments = [] if torch.cuda.is_available() or torch.backends.mps.is_available() else ["--cpu"]
+    given, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args
+
+    sys.argv = given
+
+
+def _flux(args: argparse.Namespace):
+    from .models import Models
+
+    missing = [f"--{name}" for name in ("unet", "clip", "vae") if not getattr(args, name)]
+    if missing:
+        raise ValueError(f"--models flux needs the files of the models: {', '.join(missing)}.")
+    return Models.flux(args.unet, args.clip, args.vae, args.size)
+
+
+def _comfyui_version() -> str:
+    try:
+        from comfyui_version import __version__
+    except ImportError:
+        return "unknown"
+    return __version__
+
+
+def _report(args: argparse.Namespace) -> None:
+    store = Store.open(args.run)
+    dataset = dataset_of(args)
+    if dataset.settings != store.settings["data"]:
+        raise ValueError(
+            f'"{args.run}" is a run over {store.settings["data"]["name"]}, with other images or background '
+            f"concepts than --data {args.data}. Give --data, --path and --background as for the run."
+        )
+    print(summary(store))
+    print(f"Report: {report(store, dataset)}")
+
+
+def dataset_of(args: argparse.Namespace) -> Dataset:
+    """The data set that the arguments name.
+
+    Raises:
+        DataError: it is missing or damaged.
+        ValueError: its path was not given.
+    """
+    if args.data.startswith("scenes"):
+        dataset = datasets.scenes(several="multi" in args.data, look_alike="look-alike" in args.data)
+    elif args.path is None:
+        raise ValueError(f"--data {args.data} needs --path.")
+    elif args.data == "imagenet":
+        if args.names is None:
+            raise ValueError(f"--data imagenet needs --names. {datasets.NAMES_EXPECTED}")
+        dataset = datasets.imagenet(args.path, args.names, args.words)
+    elif args.data == "folder":
+        dataset = datasets.folder(args.path)
+    else:
+        dataset = datasets.pascal_voc(args.path, several=args.data == "voc-multi")
+    if args.background is not None:
+        dataset = dataset.with_background(args.background)
+    return dataset

@@ -1,0 +1,62 @@
+"""Methods that find concepts in images. A method is one file here, with one function::
+
+    def load(models: Models, **choices) -> Method
+
+A ``Method`` is called with a ``Query`` and returns a map for each of its concepts, (K, h, w) float32 of any
+size and scale; higher where the concept is. Its ``settings`` are all that its maps depend on besides the
+models. The file's name, with dashes, is the method's name.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ....core.concepts import Concepts
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a method is asked: where each concept is in the picture.
+
+    Attributes:
+        picture: (H, W, 3) uint8.
+        concepts: its names first, then the background concepts.
+        prompt: a caption, such as "a dog".
+        seed: of any noise; it depends on the image alone.
+    """
+
+    picture: np.ndarray
+    concepts: Concepts
+    prompt: str
+    seed: int
+
+
+class Method(Protocol):
+    @property
+    def settings(self) -> dict:
+        """JSON."""
+
+    def __call__(self, query: Query) -> Tensor:
+        """Maps (K, h, w)."""
+
+
+def available() -> tuple[str, ...]:
+    return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__)))
+
+
+def loader(name: str) -> Callable[..., Method]:
+    """The ``load`` of a method.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    if name not in available():
+        raise ValueError(f'There is no method "{name}". The methods are: {", ".join(available())}.')
+    return import_module(f"{__name__}.{name.replace('-', '_')}").load

@@ -1,0 +1,103 @@
+"""ConceptAttention: scores of the concept stream in the output space of attention (section 4.1)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ....core.concepts import Concepts
+from ....core.maps import heatmaps
+from ....core.recording import parse_layers
+from ..models import Models, View
+from . import Query
+
+SMOOTH_SIZE = 224
+
+
+@dataclass(frozen=True)
+class ConceptAttention:
+    """The maps of one choice. Those that differ only in what is made of the scores share a forward pass.
+
+    Attributes:
+        space, softmax, temperature: see ``core.maps.heatmaps``.
+        layers: "default", "all", "last N", or numbers as in "0, 15-18".
+        level: the noise level, 0..1. The paper takes 0.5.
+        samples: of noise; their maps are averaged.
+        pooling, pooled_prompt, attend_image, attend_concepts: see ``View``.
+        background: instead of the data set's background concepts.
+        captioned: whether the model sees the caption, as in the reference, or an empty prompt.
+        bilinear: maps are enlarged to 224 x 224 smoothly, before they are cut.
+    """
+
+    models: Models = field(repr=False, compare=False)
+    space: str = "output"
+    softmax: bool = True
+    temperature: float = 1.0
+    layers: str = "default"
+    level: float = 0.5
+    samples: int = 1
+    pooling: str = "mean of tokens"
+    attend_image: bool = True
+    attend_concepts: bool = True
+    background: tuple[str, ...] | None = None
+    captioned: bool = True
+    pooled_prompt: bool = True
+    bilinear: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.level <= 1:
+            raise ValueError(f"The noise level must be above 0 and at most 1, not {self.level}.")
+        if self.samples < 1:
+            raise ValueError(f"There must be at least one sample of noise, not {self.samples}.")
+        layers_of(self.layers, self.models.layers, self.models.default_layers)
+        self.models.expect(self.space)
+
+    @property
+    def settings(self) -> dict:
+        choices = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "models"}
+        return {"method": "concept-attention", **choices}
+
+    def __call__(self, query: Query) -> Tensor:
+        concepts = query.concepts
+        if self.background is not None:
+            concepts = Concepts(concepts.names, tuple(b for b in self.background if b not in concepts.names))
+        view = View(
+            concepts,
+            query.prompt if self.captioned else "",
+            self.pooling,
+            self.pooled_prompt,
+            self.attend_image,
+            self.attend_concepts,
+            self.level,
+        )
+        recording = self.models.recording(query, view, self.samples)
+        layers = layers_of(self.layers, recording.layers, recording.default_layers)
+        maps = heatmaps(
+            recording,
+            space=self.space,
+            layers=layers,
+            softmax=self.softmax,
+            temperature=self.temperature,
+        )
+        if self.bilinear:
+            maps = F.interpolate(maps, (SMOOTH_SIZE, SMOOTH_SIZE), mode="bilinear", align_corners=False)
+        return maps[0]
+
+
+def load(models: Models, **choices) -> ConceptAttention:
+    return ConceptAttention(models, **choices)
+
+
+def layers_of(text: str, available: Sequence[int], default: Sequence[int]) -> tuple[int, ...]:
+    """Layers from text: as ``core.recording.parse_layers``, or "last N".
+
+    Raises:
+        ValueError: it is neither, or names layers that the model does not have.
+    """
+    if last := re.fullmatch(r"\s*last\s+(\d+)\s*", text):
+        return tuple(available)[-int(last[1]) :]
+    return parse_layers(text, available, default)
