@@ -22,8 +22,8 @@ EPSILON = 1e-3  # of the variance of colours in 0..1
 
 
 def refine(values: Tensor, image: Tensor, coverage: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """Maps (K, H, W) of one image at its size, from ``values`` (K, h, w) on the patch grid, of which the image
-    covers the top left part.
+    """Maps (K, H, W) of one image at its size, from ``values`` (K, h, w) on the patch grid, of which the
+    image covers the top left part.
 
     Args:
         values: not below 0. What they add up to in a place, such as the 1 of a softmax, stays as it is.

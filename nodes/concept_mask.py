@@ -84,8 +84,8 @@ class ConceptMask(io.ComfyNode):
                     "image",
                     optional=True,
                     tooltip=(
-                        "The sampled image, at any scale. Gives the mask its size, and its edges if refine is "
-                        "on. Without it: the size of the sampled image."
+                        "The sampled image, at any scale. Gives the mask its size, and with refine its "
+                        "edges. Without it: the size of the sampled image."
                     ),
                 ),
             ],
