@@ -105,6 +105,8 @@ def test_look_alikes_are_concepts_whose_scores_go_together():
     assert torch.equal(alike.diagonal(), torch.ones(4))
     assert alike[RED, BLUE] > 0.5
     assert alike[RED, SEA] == alike[BLUE, SEA] == 0
+    strong = 10 * torch.rand(12, 12, generator=torch.Generator().manual_seed(0))  # patches for all concepts
+    torch.testing.assert_close(look_alikes(scores + strong), alike, atol=1e-4, rtol=0)
     assert look_alikes(torch.ones(2, 3, 3)).tolist() == [[1, 0], [0, 1]]
 
 
