@@ -157,8 +157,9 @@ def layers_figure(
     steps = [maps.steps[i] for i in spaced]
 
     def plane(layer: int, step: int) -> Tensor:
-        choice = {"space": maps.space, "softmax": maps.softmax, "temperature": maps.temperature}
-        return concept_maps(recording, layers=[layer], steps=[step], **choice).values[index, concept]
+        choice = {"layers": [layer], "steps": [step], "space": maps.space}
+        made = {"softmax": maps.softmax, "temperature": maps.temperature, "grounding": maps.grounding}
+        return concept_maps(recording, **choice, **made).values[index, concept]
 
     grid = [_planes(maps, torch.stack([plane(layer, step) for step in steps])) for layer in layers]
     norm, measure = _scale(maps, max(row.max() for row in grid))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .concepts import Concepts
-from .maps import ConceptMaps
+from .maps import GROUNDINGS, ConceptMaps
 from .recording import Recording
 
 SUFFIX = ".concepts.safetensors"
@@ -49,6 +49,7 @@ def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None 
             "steps": maps.steps,
             "softmax": maps.softmax,
             "temperature": maps.temperature,
+            "grounding": maps.grounding,
         },
     }
     save_file(tensors, path, metadata={**(metadata or {}), _KEY: json.dumps(description)})
@@ -108,4 +109,5 @@ def _read(file: safe_open, description: dict) -> ConceptMaps:
         steps=tuple(chosen["steps"]),
         softmax=chosen["softmax"],
         temperature=chosen["temperature"],
+        grounding=chosen.get("grounding", GROUNDINGS[0]),
     )

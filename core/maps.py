@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .concepts import Concepts
+from .grounding import propagate_anchors
 from .recording import Recording
+
+GROUNDINGS = ("paper", "anchor propagation")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class ConceptMaps:
             every patch; else they share one scale per image.
         recording: what the maps were made from.
         space, layers, steps, softmax, temperature: what was chosen of it, see ``heatmaps``.
+        grounding: one of ``GROUNDINGS``.
     """
 
     values: Tensor
@@ -31,6 +35,7 @@ class ConceptMaps:
     steps: tuple[int, ...]
     softmax: bool
     temperature: float
+    grounding: str = GROUNDINGS[0]
 
     @property
     def concepts(self) -> Concepts:
@@ -114,15 +119,35 @@ def concept_maps(
     steps: Sequence[int] | None = None,
     softmax: bool = True,
     temperature: float = 1.0,
+    grounding: str = GROUNDINGS[0],
 ) -> ConceptMaps:
     """``heatmaps`` as maps in 0..1. Raw scores are scaled by the smallest and the largest of all concepts
-    of an image, so that concepts can still be compared."""
+    of an image, so that concepts can still be compared.
+
+    Args:
+        grounding: "paper": the heatmaps as they are; "anchor propagation": see ``propagate_anchors``.
+
+    Raises:
+        ValueError: as ``heatmaps``; or there is no such grounding, or it needs a softmax.
+    """
+    if grounding not in GROUNDINGS:
+        raise ValueError(f'Unknown grounding "{grounding}". Choose one of: {", ".join(GROUNDINGS)}.')
+    if grounding == "anchor propagation" and not softmax:
+        raise ValueError(
+            "Anchor propagation shares out the maps of a softmax. Switch softmax on, or choose the grounding "
+            f'"{GROUNDINGS[0]}".'
+        )
     layers = recording.default_layers if layers is None else tuple(layers)
     steps = tuple(sorted({step for step in recording.steps if steps is None or step in steps}))
     choice = {"space": space, "layers": layers, "steps": steps}
     values = heatmaps(recording, **choice, softmax=softmax, temperature=temperature)
+    if grounding == "anchor propagation":
+        scores = heatmaps(recording, **choice, softmax=False)
+        values = torch.stack([propagate_anchors(*image) for image in zip(values, scores, strict=True)])
     if not softmax:
         low = values.amin((1, 2, 3), keepdim=True)
         high = values.amax((1, 2, 3), keepdim=True)
         values = (values - low) / torch.where(high > low, high - low, 1.0)
-    return ConceptMaps(values, recording, **choice, softmax=softmax, temperature=temperature)
+    return ConceptMaps(
+        values, recording, **choice, softmax=softmax, temperature=temperature, grounding=grounding
+    )

@@ -11,6 +11,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from .maps import ConceptMaps, upscale
+from .refine import refine
 
 METHODS = ("argmax", "mean", "otsu", "fixed", "top fraction")
 
@@ -127,6 +128,7 @@ def concept_masks(
     names: Sequence[str],
     *,
     size: tuple[int, int] | None = None,
+    guide: Tensor | None = None,
     method: str = "argmax",
     threshold: float = 0.5,
     soft: bool = False,
@@ -142,6 +144,8 @@ def concept_masks(
 
     Args:
         size: height and width; the image's own by default.
+        guide: images (B, H, W, 3) in 0..1, by whose edges the maps are refined first, see ``refine``, and
+            whose size the masks have. Maps of a single image go with any number of them.
         method, threshold: see ``region``.
         soft: inside the region, the map's values instead of 1.
         fill_holes, smallest_area, grow: see ``clean``.
@@ -153,8 +157,12 @@ def concept_masks(
     """
     indices = [maps.index(name) for name in names]
     planes, found = [], []
-    for image in maps.values.unsqueeze(1):
-        values = upscale(image, size or maps.image_size, maps.coverage)[0]
+    images = maps.values if guide is None else maps.values.expand(len(guide), -1, -1, -1)
+    for number, image in enumerate(images):
+        if guide is None:
+            values = upscale(image[None], size or maps.image_size, maps.coverage)[0]
+        else:
+            values = refine(image, guide[number], maps.coverage)
         found.append([])
         for index in indices:
             inside = region(values, index, method, threshold)

@@ -276,6 +276,27 @@ def _places(rng, count: int, top: float) -> list[tuple[float, float, float]] | N
     return placed
 
 
+def _crowd(rng, count: int, top: float) -> list[tuple[float, float, float]] | None:
+    """x, y, radius of objects of which each touches one before it, or None when this try found no room."""
+    placed: list[tuple[float, float, float]] = []
+    for _ in range(count):
+        for _ in range(30):
+            radius = rng.uniform(36, 50)
+            if placed:
+                a, b, r = placed[rng.integers(len(placed))]
+                angle = rng.uniform(0, 2 * math.pi)
+                x, y = (c + 0.9 * (radius + r) * f(angle) for c, f in ((a, math.cos), (b, math.sin)))
+            else:
+                x, y = rng.uniform(radius, SIZE - radius), rng.uniform(radius, SIZE - radius)
+            within = radius <= x <= SIZE - radius and max(radius, top - 0.5 * radius) <= y <= SIZE - radius
+            if within and all(math.hypot(x - a, y - b) > 0.89 * (radius + r) for a, b, r in placed):
+                placed.append((x, y, radius))
+                break
+        else:
+            return None
+    return placed
+
+
 # x, y, radius of one, two or three objects in a posed scene
 _POSES = {
     1: [(128.0, 150.0, 64.0)],
@@ -292,7 +313,7 @@ def _article(phrase: str) -> str:
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
-def make_scene(seed: int, look_alike: bool = False, posed: bool = False) -> Scene:
+def make_scene(seed: int, look_alike: bool = False, posed: bool = False, crowd: bool = False) -> Scene:
     """The scene of this seed.
 
     Args:
@@ -300,8 +321,11 @@ def make_scene(seed: int, look_alike: bool = False, posed: bool = False) -> Scen
         posed: nothing is left to chance that the prompt does not say. Objects stand in the order in which
             they are named, each noun has a colour of its own unless the prompt gives another, and there is
             a sky where the prompt says so.
+        crowd: three or four objects of one noun that touch, in neighbouring colours of ``COLOURS``, anywhere.
+            The model was not trained on such scenes.
     """
-    rng = np.random.default_rng([seed, int(look_alike), int(posed)] if posed else [seed, int(look_alike)])
+    kind = 2 if crowd else int(look_alike)
+    rng = np.random.default_rng([seed, kind, int(posed)] if posed else [seed, kind])
     side = SIZE * _SCALE
     ground = None if rng.random() < 0.1 else str(rng.choice(GROUNDS))
     horizon = SIZE if ground is None else int(rng.uniform(0.22, 0.5) * SIZE)
@@ -312,15 +336,25 @@ def make_scene(seed: int, look_alike: bool = False, posed: bool = False) -> Scen
 
     places = None
     while places is None:
-        count = 2 if look_alike else int(rng.choice([1, 2, 3], p=[0.25, 0.5, 0.25]))
-        places = _POSES[count] if posed else _places(rng, count, 0 if ground is None else horizon)
-    if look_alike:
+        top = 0 if ground is None else horizon
+        if crowd:
+            count = int(rng.integers(3, 5))
+            places = _crowd(rng, count, top)
+        else:
+            count = 2 if look_alike else int(rng.choice([1, 2, 3], p=[0.25, 0.5, 0.25]))
+            places = _POSES[count] if posed else _places(rng, count, top)
+    if crowd:
+        noun = str(rng.choice([n for n in NOUNS if len(OBJECTS[n][1]) > 3]))
+        colours = sorted(OBJECTS[noun][1], key=list(COLOURS).index)
+        first = int(rng.integers(len(colours)))
+        objects = [Region(noun, colours[(first + i) % len(colours)]) for i in range(count)]
+    elif look_alike:
         noun = str(rng.choice([n for n in NOUNS if len(OBJECTS[n][1]) > 2]))
         objects = [Region(noun, str(c)) for c in rng.permutation(OBJECTS[noun][1])[:2]]
     else:
         nouns = [str(n) for n in rng.permutation(NOUNS)[:count]]
         objects = [Region(n, str(rng.choice(OBJECTS[n][1]))) for n in nouns]
-    named = [o.phrase if look_alike or rng.random() < 0.7 else o.noun for o in objects]
+    named = [o.phrase if look_alike or crowd or rng.random() < 0.7 else o.noun for o in objects]
     if posed:
         objects = [
             o if o.phrase == name else Region(o.noun, OBJECTS[o.noun][1][0])

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..core.concepts import split_names
 from ..core.masks import concept_masks
+from ..core.render import images_of
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -71,10 +72,21 @@ class ConceptMask(io.ComfyNode):
                     "feather", default=0.0, min=0.0, max=256.0, step=0.5, tooltip="Blur radius in pixels."
                 ),
                 io.Boolean.Input("invert", default=False),
+                io.Boolean.Input(
+                    "refine",
+                    default=False,
+                    tooltip=(
+                        "Let the mask follow the edges of the image, finer than patches of 16 pixels "
+                        "(a guided filter). Needs the image."
+                    ),
+                ),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="Gives the mask its size. Without it: the size of the sampled image.",
+                    tooltip=(
+                        "The sampled image, at any scale. Gives the mask its size, and with refine its "
+                        "edges. Without it: the size of the sampled image."
+                    ),
                 ),
             ],
             outputs=[
@@ -109,13 +121,20 @@ class ConceptMask(io.ComfyNode):
         grow: int,
         feather: float,
         invert: bool,
+        refine: bool = False,
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
+        if refine and image is None:
+            raise ValueError(
+                "To refine a mask, Concept Mask needs the image whose edges it follows. Connect the image "
+                "decoded from the LATENT that the maps belong to, or switch refine off."
+            )
         names = split_names(concept) or maps.concepts.names
         masks, found = concept_masks(
             maps,
             names,
             size=None if image is None else tuple(image.shape[1:3]),
+            guide=images_of(maps, image) if refine else None,
             method=method["method"],
             threshold=method.get("threshold", method.get("fraction", 0.5)),
             soft=soft,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.maps import ConceptMaps, concept_maps
+from ..core.maps import GROUNDINGS, ConceptMaps, concept_maps
 from ..core.recording import parse_layers, recording_of
 from ..core.render import heatmap_images
 from .types import CATEGORY, ConceptMapsType
@@ -63,6 +63,16 @@ class ConceptSaliency(io.ComfyNode):
                     advanced=True,
                     tooltip="Of the softmax: above 1 softer, below 1 harder.",
                 ),
+                io.Combo.Input(
+                    "grounding",
+                    options=list(GROUNDINGS),
+                    advanced=True,
+                    tooltip=(
+                        "Anchor propagation keeps concepts that look alike apart, such as a red car and a "
+                        "blue car side by side: each is spread from the patch where it is strongest. Needs "
+                        "the softmax."
+                    ),
+                ),
             ],
             outputs=[
                 ConceptMapsType.Output(display_name="maps"),
@@ -87,6 +97,7 @@ class ConceptSaliency(io.ComfyNode):
         end_step: int,
         softmax: bool,
         temperature: float,
+        grounding: str = GROUNDINGS[0],
     ) -> io.NodeOutput:
         recording = latent.recording if isinstance(latent, ConceptMaps) else recording_of(latent)
         chosen = parse_layers(layers, available=recording.layers, default=recording.default_layers)
@@ -97,6 +108,7 @@ class ConceptSaliency(io.ComfyNode):
             steps=range(start_step, end_step),
             softmax=softmax,
             temperature=temperature,
+            grounding=grounding,
         )
         count = len(maps.concepts.names)
         shown = maps.at_size(*maps.image_size)[:, :count]

@@ -12,6 +12,7 @@ from evaluate import evaluate
 from safetensors import safe_open
 
 import concept_attention.core as core
+from concept_attention.core.maps import GROUNDINGS
 from scenes import GROUNDS, HELD_OUT, NOUNS, make_scene
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
@@ -57,9 +58,49 @@ def test_look_alike_scenes_have_two_objects_that_differ_in_colour_only():
         assert first.colour != second.colour
 
 
+def test_crowds_are_three_or_four_objects_that_differ_in_colour_only():
+    for seed in range(50):
+        scene = make_scene(seed, crowd=True)
+        objects = [region for region in scene.regions if region.colour]
+        assert len(objects) in (3, 4)
+        assert len({region.noun for region in objects}) == 1
+        assert len({region.colour for region in objects}) == len(objects)
+        assert set(np.unique(scene.labels)) == set(range(len(scene.regions)))
+
+
+@pytest.mark.parametrize(
+    "options,prompt",
+    [
+        ({}, "a green fish, a white cat and a green tree on the snow"),
+        ({"look_alike": True}, "a red flower and a pink flower on the sand"),
+        ({"posed": True}, "a yellow car on the sand"),
+        (
+            {"crowd": True},
+            "a white house, an orange house, a red house and a pink house on the grass under the sky",
+        ),
+    ],
+)
+def test_scenes_are_those_that_the_model_was_trained_and_measured_on(options, prompt):
+    assert make_scene(HELD_OUT, **options).prompt == prompt
+
+
 def test_concept_maps_of_held_out_scenes_are_right():
     with torch.inference_mode():
         scores = evaluate(core, scenes=30)
     assert scores.iou >= 0.70
     assert scores.accuracy >= 0.92
     assert scores.absent_below_by_mean >= 0.90
+
+
+def test_refining_sharpens_the_maps_of_held_out_scenes():
+    with torch.inference_mode():
+        plain, refined = (evaluate(core, scenes=16, refine=refine) for refine in (False, True))
+    assert refined.iou >= plain.iou + 0.05
+
+
+def test_anchor_propagation_keeps_crowds_apart():
+    with torch.inference_mode():
+        plain, better = (evaluate(core, scenes=16, crowd=True, grounding=g) for g in GROUNDINGS)
+    assert better.iou >= plain.iou + 0.01
+    low, high = better.interval(plain)
+    assert low < better.iou - plain.iou < high

@@ -28,7 +28,7 @@ def made(**choice) -> ConceptMaps:
 
 
 def test_maps_come_back_equal_to_the_last_bit(tmp_path):
-    maps = made(space="value", layers=[1, 4], steps=[0, 2], temperature=0.3)
+    maps = made(space="value", layers=[1, 4], steps=[0, 2], temperature=0.3, grounding="anchor propagation")
     save_maps(maps, tmp_path / "maps")
     loaded = load_maps(tmp_path / "maps")
     assert torch.equal(loaded.values, maps.values)

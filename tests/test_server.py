@@ -129,7 +129,7 @@ def test_a_workflow_with_too_many_or_too_few_widget_values_is_refused(definition
     with pytest.raises(ValueError, match="more values for ConceptMask"):
         workflow.to_api(content, definitions)
     del values[-2:]
-    with pytest.raises(ValueError, match="no value for invert of ConceptMask"):
+    with pytest.raises(ValueError, match="no value for refine of ConceptMask"):
         workflow.to_api(content, definitions)
 
 
