@@ -108,8 +108,8 @@ def swap(workflow: dict) -> dict:
         elif kind == "KSamplerAdvanced":
             values[4] = CFG
         elif kind == "ConceptMask":
-            *_, grow, feather, _ = values
-            values[-3:-1] = [round(grow * SIZE / FLUX_SIZE), feather * SIZE / FLUX_SIZE]
+            *_, grow, feather, _, _ = values
+            values[-4:-2] = [round(grow * SIZE / FLUX_SIZE), feather * SIZE / FLUX_SIZE]
         elif kind == "ConditioningZeroOut":  # the model was trained with empty prompts, not with zeros
             node["type"], node["widgets_values"] = "CLIPTextEncode", [""]
             (link,) = (link for link in workflow["links"] if link[3] == node["id"])
