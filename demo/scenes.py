@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 256
 HELD_OUT = 10_000_000
+EXAMPLE = HELD_OUT + 22
 _SCALE = 2  # supersampling
 
 COLOURS = {
@@ -397,3 +399,11 @@ def make_scene(seed: int, look_alike: bool = False, posed: bool = False, crowd: 
         regions=tuple(regions),
         prompt=prompt,
     )
+
+
+def save_example(folder: Path) -> Scene:
+    """Save a scene as ``example.png``, the picture that a fresh ComfyUI has to load, into an input folder."""
+    scene = make_scene(EXAMPLE)
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(scene.image).save(folder / "example.png")
+    return scene

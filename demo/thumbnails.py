@@ -12,6 +12,7 @@ from run import images
 
 import comfyui
 import workflow
+from scenes import save_example
 
 FOLDER = comfyui.ROOT / "example_workflows"
 CELL, GAP = workflow.SIZE, 4
@@ -33,6 +34,7 @@ TILES = {
         ("Concept in late layers", 0),
         ("Figure", 0),
     ],
+    "concept_existing_image": [("Your picture", 0), ("Heatmaps", 0), ("Segmented", 0), ("Mask", 0)],
     "concept_compositing": [("Picture A", 0), ("Picture B", 0), ("Mask", 0), ("Composite", 0)],
 }
 
@@ -43,12 +45,15 @@ def main() -> None:
     args = parser.parse_args()
     folder = comfyui.FOLDER / "demo-server"
     folder.mkdir(parents=True, exist_ok=True)
+    save_example(folder / "input")
     with comfyui.Server(args.comfyui, folder) as server:
         definitions = server.get("/object_info")
         for name in TILES:
             content = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
             graph = workflow.to_api(workflow.swap(content), definitions)
             workflow.set_scene(graph, name)
+            if name == "concept_existing_image":
+                workflow.inputs(graph, "Concept Segmentation")["legend"] = False
             thumbnail(server, graph, name).save(FOLDER / f"{name}.jpg", quality=85, optimize=True)
             print(name, flush=True)
 
@@ -60,6 +65,8 @@ def thumbnail(server: comfyui.Server, graph: workflow.Graph, name: str) -> Image
             tile = one_prompt(server, graph)
         elif title == "Boxes and points":
             tile = boxes_and_points(server, graph)
+        elif title == "Your picture":
+            tile = Image.open(server.folder / "input" / workflow.inputs(graph, title)["image"])
         else:
             tile = images(server, graph, title)[index]
         tile = tile.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)

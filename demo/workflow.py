@@ -70,6 +70,13 @@ SCENES: dict[str, dict[str, dict]] = {
         **{f"Overlay of {part}": {"concept": "house"} for part in _READINGS},
         "Concept Figure": {"layout.concept": "house"},
     },
+    "concept_existing_image": {
+        "Concept Attention (Image)": {
+            "concepts": "house, cat, boat, water, sky",
+            "prompt": "a white house, a cat and a black boat on the water under the sky",
+        },
+        "Concept Mask": {"concept": "house"},
+    },
     "concept_compositing": {
         "Prompt A": _MUSHROOM["Prompt"],
         "Concept Attention": _MUSHROOM["Concept Attention"],
@@ -165,7 +172,10 @@ def _widget_values(
         if type_ == "COMFY_DYNAMICCOMBO_V3":
             (option,) = (o for o in options["options"] if o["key"] == value)
             yield from _widget_values(kind, option["inputs"], values, f"{prefix}{name}.")
-        elif type_ == "INT" and options.get("control_after_generate", name in ("seed", "noise_seed")):
+        # A widget beside it: the upload button, or what becomes of a seed.
+        elif options.get("image_upload") or (
+            type_ == "INT" and options.get("control_after_generate", name in ("seed", "noise_seed"))
+        ):
             next(values)
 
 

@@ -25,8 +25,8 @@ class ConceptSaliency(io.ComfyNode):
                     "latent",
                     [io.Latent, ConceptMapsType],
                     tooltip=(
-                        "Straight from a sampler whose model went through Concept Attention. Or concept maps "
-                        "that were loaded: their recording is read anew."
+                        "Straight from a sampler whose model went through Concept Attention, or from Concept "
+                        "Attention (Image). Or concept maps that were loaded: their recording is read anew."
                     ),
                 ),
                 io.Combo.Input(

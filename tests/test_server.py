@@ -16,11 +16,14 @@ from PIL import Image
 import comfyui
 import workflow
 from concept_attention import comfy_entrypoint
+from scenes import EXAMPLE, make_scene, save_example
 
 FOLDER = comfyui.ROOT / "example_workflows"
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
 INPAINT = FOLDER / "concept_mask_to_inpaint.json"
 SAM3 = "sam3.1_multiplex_fp16.safetensors"
+ATTENTION = ("ConceptAttention", "ConceptAttentionImage")
+LEGENDS = ("Figure", "Segmented")  # shown with something beside the picture
 FLUX_STEPS = 20
 STEPS = 4
 
@@ -30,6 +33,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     (folder / "models" / "checkpoints").mkdir(parents=True)
     (folder / "models" / "checkpoints" / SAM3).touch()  # to choose, not to load
+    save_example(folder / "input")
     with comfyui.Server(comfyui.find(), folder) as server:
         yield server
 
@@ -189,10 +193,11 @@ def test_the_swap_onto_the_demo_model_keeps_what_the_workflow_shows(definitions)
 @pytest.mark.parametrize("name", sorted(set(workflow.SCENES) - {"concept_to_sam3"}))
 def test_an_example_workflow_shows_pictures_and_masks_of_the_right_size(shown, name):
     result = shown(name)
-    concepts = workflow.inputs(result.graph, "Concept Attention")["concepts"].split(",")
+    (watched,) = (n for n in result.graph.values() if n["class_type"] in ATTENTION)
+    concepts = watched["inputs"]["concepts"].split(",")
     for node in result.graph.values():
         title = node["_meta"]["title"]
-        if node["class_type"] in ("PreviewImage", "SaveImage", "MaskPreview") and title != "Figure":
+        if node["class_type"] in ("PreviewImage", "SaveImage", "MaskPreview") and title not in LEGENDS:
             count = len(concepts) if title in ("Heatmaps", "Overlays") else 1
             assert result[title].shape == (count, workflow.SIZE, workflow.SIZE, 3), title
             assert result[title].std() > 10, title
@@ -259,6 +264,27 @@ def test_a_composite_is_picture_a_inside_the_mask_and_picture_b_outside(shown):
     assert np.abs(composite - b)[mask == 0].max() <= 1
     assert np.abs(a - b)[mask == 255].mean() > 20
     assert ((mask > 0) & (mask < 255)).any()
+
+
+def test_an_existing_picture_is_read_where_its_things_are_and_nothing_is_sampled(shown):
+    result = shown("concept_existing_image")
+    assert not [n for n in result.graph.values() if "Sampler" in n["class_type"]]
+    scene = make_scene(EXAMPLE)
+    (house,) = (i for i, region in enumerate(scene.regions) if region.noun == "house")
+    mask = result["Mask"][0, ..., 0] == 255
+    found = scene.mask(house)
+    assert (mask & found).sum() / (mask | found).sum() > 0.7
+    heatmaps = result["Heatmaps"].mean(-1)
+    concepts = workflow.inputs(result.graph, "Concept Attention (Image)")["concepts"].split(", ")
+    for heatmap, concept in zip(heatmaps, concepts, strict=True):
+        (index,) = (i for i, region in enumerate(scene.regions) if region.noun == concept)
+        inside = scene.mask(index)
+        assert heatmap[inside].mean() > 3 * heatmap[~inside].mean(), concept
+    _, height, width, _ = result["Segmented"].shape
+    assert height >= workflow.SIZE < width
+    (view,) = result.entry["outputs"][workflow.find(result.graph, "Concept Viewer")]["concept_view"]
+    assert view["concepts"] == [*concepts, "background"]
+    assert len(view["steps"]) == 1
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 
 import comfyui as comfyui_setup
 import workflow
+from scenes import save_example
 
 PATHS = sorted((comfyui_setup.ROOT / "example_workflows").glob("*.json"))
 SCREENSHOTS = os.environ.get("CONCEPT_ATTENTION_SCREENSHOTS")
@@ -133,7 +134,8 @@ class Page:
 
 @pytest.fixture(scope="module")
 def models(server) -> None:
-    """Empty files in place of the models that the workflows name: to choose, not to load."""
+    """Empty files in place of the models that the workflows name: to choose, not to load. And a picture."""
+    save_example(server.folder / "input")
     for path in PATHS:
         for node in json.loads(path.read_text("utf-8"))["nodes"]:
             for model in node["properties"].get("models", ()):
@@ -181,8 +183,17 @@ def test_every_node_is_known_and_has_room(server, page, path):
     assert page.complaints == []
 
 
-# One with the viewer, one where Concept Attention grows by the maps that it shows, one with a figure.
-@pytest.mark.parametrize("name", ["concept_saliency", "concept_mask_to_inpaint", "concept_layers_and_steps"])
+# One with the viewer, one where Concept Attention grows by the maps that it shows, one with a figure, one
+# without a sampler.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "concept_saliency",
+        "concept_mask_to_inpaint",
+        "concept_layers_and_steps",
+        "concept_existing_image",
+    ],
+)
 def test_the_page_runs_it_and_shows_the_result(page, name):
     path = comfyui_setup.ROOT / "example_workflows" / f"{name}.json"
     page.load(workflow.swap(json.loads(path.read_text("utf-8"))))
