@@ -336,7 +336,8 @@ def recording_of(latent: dict) -> Recording:
             "This LATENT was not sampled with Concept Attention. Put the Concept Attention node between "
             "the model and the sampler, and connect the sampler's LATENT output directly: of "
             "SamplerCustomAdvanced the first (output, not denoised_output), and not a LATENT that another "
-            "node has upscaled, cropped, batched, saved or loaded. When ComfyUI runs with "
-            "--fp16-intermediates, KSampler's LATENT is such a copy too: use SamplerCustomAdvanced."
+            "node has upscaled, cropped, batched, saved or loaded. For a picture that was not sampled here, "
+            "use Concept Attention (Image). When ComfyUI runs with --fp16-intermediates, KSampler's LATENT "
+            "is such a copy too: use SamplerCustomAdvanced."
         )
     return found

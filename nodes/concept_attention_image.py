@@ -66,7 +66,7 @@ class ConceptAttentionImage(io.ComfyNode):
                     default="",
                     multiline=True,
                     placeholder="what the picture shows (optional)",
-                    tooltip="Says what the picture shows. Maps get better, but it can stay empty.",
+                    tooltip="What the picture shows. It may stay empty.",
                 ),
                 io.DynamicCombo.Input(
                     "noise",
