@@ -749,6 +749,7 @@ def test_the_node_works_in_a_graph(tmp_path):
         end_step=10000,
         softmax=True,
         temperature=1.0,
+        grounding="paper",
     )
     cut = add(
         "Mask",
@@ -762,6 +763,7 @@ def test_the_node_works_in_a_graph(tmp_path):
         grow=0,
         feather=0.0,
         invert=False,
+        refine=False,
     )
     shown = add("Show mask", "MaskToImage", mask=[cut, 0])
     add("Heatmaps", "PreviewImage", images=[maps, 2])
