@@ -45,6 +45,7 @@ def observe(
     attend_concepts: bool = True,
     budget: int = BUDGET,
     listener: Callable[[Recorder], None] | None = None,
+    every: int = 1,
 ) -> ModelPatcher:
     """A clone of ``model`` whose sampling runs are recorded; ``recording_of`` finds them by LATENT.
 
@@ -57,9 +58,11 @@ def observe(
         attend_image, attend_concepts: see ``ConceptStream``.
         budget: bytes that one recording may take before it keeps the default layers only.
         listener: called after every evaluation with what is being recorded.
+        every: evaluations of the model from one that is recorded to the next. The first always is.
 
     Raises:
-        ValueError: the model is of no supported family, or a layer or space does not exist.
+        ValueError: the model is of no supported family, a layer or space does not exist, or ``every`` is
+            less than 1.
     """
     diffusion_model = model.get_model_object("diffusion_model")
     family = family_of(diffusion_model)
@@ -70,15 +73,16 @@ def observe(
     unknown = set(spaces) - set(SPACES)
     if unknown or not spaces:
         raise ValueError(f"Unknown spaces {sorted(unknown)}. Choose from: {'; '.join(SPACES)}.")
+    if every < 1:
+        raise ValueError(f"Evaluations are recorded every 1 or more, not every {every}.")
 
     stream = partial(
         ConceptStream,
-        concepts=tokens,
         spaces=tuple(spaces),
         attend_image=attend_image,
         attend_concepts=attend_concepts,
     )
-    observer = _Observer(family, concepts, recorded, stream, budget, listener)
+    observer = _Observer(family, concepts, tokens, recorded, stream, budget, listener, every)
     observed = model.clone()
     for kind in WRAPPERS:
         observed.remove_wrappers_with_key(kind, KEY)
@@ -89,16 +93,18 @@ def observe(
 
 
 class _Observer:
-    """The wrappers. ``stream(text, layers=...)`` makes the concept stream of one forward pass."""
+    """The wrappers. ``stream(text, concepts=..., layers=...)`` makes the concept stream of one forward pass."""
 
     def __init__(
         self,
         family: ModuleType,
         concepts: Concepts,
+        tokens: Tensor,
         layers: tuple[int, ...],
         stream: Callable[..., ConceptStream],
         budget: int,
         listener: Callable[[Recorder], None] | None,
+        every: int,
     ) -> None:
         self.family = family
         self.stream = stream
@@ -106,7 +112,15 @@ class _Observer:
         self._layers = layers
         self._budget = budget
         self._listener = listener
+        self._every = every
+        self._tokens = {tokens.device: tokens}
         self._runs: weakref.WeakKeyDictionary[CFGGuider, Recorder] = weakref.WeakKeyDictionary()
+
+    def tokens_on(self, device: torch.device) -> Tensor:
+        """The concepts' tokens. They are copied once: copying from ordinary memory waits for the device."""
+        if device not in self._tokens:
+            self._tokens[device] = next(iter(self._tokens.values())).to(device)
+        return self._tokens[device]
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider: CFGGuider = executor.class_obj
@@ -144,6 +158,7 @@ class _Observer:
             (height * pixels, width * pixels),
             (height / (rows * model.patch_size), width / (columns * model.patch_size)),
             self._budget,
+            self._every,
         )
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
@@ -151,6 +166,8 @@ class _Observer:
         if recorder is None or recorder.failure is not None:
             return executor(x, timestep, model_options, seed)
         evaluation = recorder.evaluation(timestep)
+        if not evaluation.armed:
+            return executor(x, timestep, model_options, seed)
 
         def disarm(args):
             evaluation.armed = False
@@ -314,7 +331,7 @@ class _Hooks:
             None if guidance is None else guidance[chunk.rows],
             x.dtype,
         )
-        stream = observer.stream(text, layers=self._layers)
+        stream = observer.stream(text, concepts=observer.tokens_on(x.device), layers=self._layers)
         self._followed.append((chunk, grid, stream))
 
     def before_attention(self, q, k, v, pe=None, attn_mask=None, extra_options=None):
