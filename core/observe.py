@@ -93,7 +93,7 @@ def observe(
 
 
 class _Observer:
-    """The wrappers. ``stream(text, concepts=..., layers=...)`` makes the concept stream of one forward pass."""
+    """The wrappers. ``stream(text, concepts=..., layers=...)`` makes one forward pass's concept stream."""
 
     def __init__(
         self,

@@ -91,8 +91,9 @@ def account(size: Size, scene: Scene, stream=None, dtype: torch.dtype = torch.bf
     """Counts one evaluation. ``stream(text, concepts)`` makes the concept stream that goes along, if any."""
     import comfy.ops
     from comfy.ldm.flux.model import Flux
-    from concept_attention.core.architectures import flux1
     from second_attention import follow
+
+    from concept_attention.core.architectures import flux1
 
     with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(), torch.device("cuda"):
         model = Flux(

@@ -1,13 +1,14 @@
-"""The algorithm of the paper's reference implementation, as a yardstick: in every double-stream block a second
-joint attention over concept and image rows, and all vectors of the output and the cross-attention space kept
-on the CPU, to be compared after sampling."""
+"""The algorithm of the paper's reference implementation, as a yardstick: in every double-stream block a
+second joint attention over concept and image rows, and all vectors of the output and the cross-attention
+space kept on the CPU, to be compared after sampling."""
 
 from __future__ import annotations
 
 import torch
-from concept_attention.core.stream import ConceptStream
 from torch import Tensor
 from torch.nn import functional as F
+
+from concept_attention.core.stream import ConceptStream
 
 
 class SecondAttention(ConceptStream):
@@ -63,14 +64,3 @@ def follow(stream: ConceptStream, rotate) -> dict:
         return out
 
     return {"attn1_patch": [before], "attn1_output_patch": [after]}
-
-
-def observed_by_second_attention(observe, model, **options):
-    """``observe(model, ...)`` with the concept stream of the reference."""
-    import concept_attention.core.observe as module
-
-    ours, module.ConceptStream = module.ConceptStream, SecondAttention
-    try:
-        return observe(model, **options)
-    finally:
-        module.ConceptStream = ours

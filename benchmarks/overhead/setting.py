@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load() -> None:
-    """Imports ComfyUI and, the way ComfyUI does, this plugin, under the name ``concept_attention``."""
+def load(flags: Sequence[str] = ()) -> None:
+    """Imports ComfyUI, started with these flags, and the way ComfyUI does this plugin, under the name
+    ``concept_attention``."""
     if "concept_attention" in sys.modules:
         return
     sys.path.insert(0, str(ROOT / "demo"))
@@ -34,13 +35,13 @@ def load() -> None:
     sys.path.insert(0, str(path))
     import utils.install_util  # noqa: F401 - before ComfyUI 0.18 puts another module called utils in its place
 
-    argv, sys.argv = sys.argv, ["main.py", "--disable-api-nodes"]
+    argv, sys.argv = sys.argv, ["main.py", "--disable-api-nodes", *flags]
     if not torch.cuda.is_available():
         sys.argv.append("--cpu")
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import comfy.cli_args  # noqa: F401
+    import comfy.cli_args
 
     sys.argv = argv
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -114,7 +115,7 @@ def random_model(size: Size, dtype: torch.dtype, device: torch.device) -> ModelP
 
 @dataclass(frozen=True)
 class Scene:
-    """What is given to the model: a batch of empty latents for ``height`` x ``width`` pixels, and a prompt."""
+    """What is given to the model: empty latents for ``height`` x ``width`` pixels, and a prompt."""
 
     size: Size
     height: int
