@@ -89,8 +89,8 @@ class ConceptAttention(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "Record every so many evaluations of the model: 1 is every step, 2 every other step. "
-                        "Each one that is recorded takes a little longer, and much longer when the model does "
-                        "not fit on the GPU or is compiled."
+                        "Each one that is recorded takes a little longer, and much longer when the model "
+                        "does not fit on the GPU or is compiled."
                     ),
                 ),
             ],

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import statistics
 import sys
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "overhead", help="folder (%(default)s)")
     args = parser.parse_args()
     load(args.flags.split())
+    logging.getLogger().setLevel(logging.ERROR)  # the yardstick records nothing, which is a warning
     bench = Bench(args.tiny, args.rounds, args.weights, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "results.json"
@@ -248,7 +250,8 @@ def reading(bench: Bench) -> list[dict]:
     from concept_attention.core.concepts import Concepts
     from concept_attention.core.maps import concept_maps
     from concept_attention.core.masks import concept_masks
-    from concept_attention.core.recording import Recording
+    from concept_attention.core.recording import Recording, remember
+    from concept_attention.nodes.concept_saliency import ConceptSaliency
 
     torch.manual_seed(0)
     blobs = torch.nn.functional.interpolate(20 * torch.randn(19, 5, 5, 5), (64, 64), mode="bicubic")
@@ -264,9 +267,18 @@ def reading(bench: Bench) -> list[dict]:
         coverage=(1.0, 1.0),
     )
     maps = concept_maps(made_up)
+    samples = torch.zeros(1, 16, 128, 128)
+    remember(samples, made_up)
+    widgets = {"space": "output", "start_step": 0, "end_step": 10000, "softmax": True, "temperature": 1.0}
+
+    def saliency(layers: str) -> None:
+        ConceptSaliency.execute({"samples": samples}, layers=layers, **widgets)
+
     tasks = {
-        "Concept Saliency, default layers": lambda: concept_maps(made_up),
-        "Concept Saliency, all layers": lambda: concept_maps(made_up, layers=range(19)),
+        "maps of the default layers": lambda: concept_maps(made_up),
+        "maps of all layers": lambda: concept_maps(made_up, layers=range(19)),
+        "Concept Saliency, default layers": lambda: saliency("default"),
+        "Concept Saliency, all layers": lambda: saliency("all"),
         "Concept Mask, argmax": lambda: concept_masks(maps, ("a",), method="argmax"),
         "Concept Mask, mean": lambda: concept_masks(maps, ("a",), method="mean"),
         "Concept Mask, argmax, holes filled": lambda: concept_masks(maps, ("a",), fill_holes=True),
