@@ -33,7 +33,7 @@ class OneBlock:
         return concepts[None]
 
     def block(self, layer):
-        return self
+        return [self][layer]
 
     def qkv(self, hidden):
         return (hidden[:, None],) * 3
@@ -81,7 +81,7 @@ def test_a_float32_image_is_not_copied_at_all():
     _, _, made = scored(
         vectors(5, 256, dtype=torch.float32, seed=1), vectors(1, 4096, 256, dtype=torch.float32, seed=2), 4096
     )
-    assert made.tensors == [("aten::bmm", 5 * 4096)]
+    assert {count for _, count in made.tensors} == {5 * 4096}
 
 
 def test_after_the_last_layer_nothing_is_computed():
