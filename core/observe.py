@@ -43,9 +43,9 @@ def observe(
     spaces: Collection[str] = ("output",),
     attend_image: bool = True,
     attend_concepts: bool = True,
+    every: int = 1,
     budget: int = BUDGET,
     listener: Callable[[Recorder], None] | None = None,
-    every: int = 1,
 ) -> ModelPatcher:
     """A clone of ``model`` whose sampling runs are recorded; ``recording_of`` finds them by LATENT.
 
@@ -56,9 +56,9 @@ def observe(
         layers: the double-stream blocks to record; all of them by default.
         spaces: what to record, out of ``stream.SPACES``.
         attend_image, attend_concepts: see ``ConceptStream``.
+        every: evaluations of the model from one that is recorded to the next. The first always is.
         budget: bytes that one recording may take before it keeps the default layers only.
         listener: called after every evaluation with what is being recorded.
-        every: evaluations of the model from one that is recorded to the next. The first always is.
 
     Raises:
         ValueError: the model is of no supported family, a layer or space does not exist, or ``every`` is
@@ -82,7 +82,7 @@ def observe(
         attend_image=attend_image,
         attend_concepts=attend_concepts,
     )
-    observer = _Observer(family, concepts, tokens, recorded, stream, budget, listener, every)
+    observer = _Observer(family, concepts, tokens, recorded, stream, every, budget, listener)
     observed = model.clone()
     for kind in WRAPPERS:
         observed.remove_wrappers_with_key(kind, KEY)
@@ -102,18 +102,18 @@ class _Observer:
         tokens: Tensor,
         layers: tuple[int, ...],
         stream: Callable[..., ConceptStream],
+        every: int,
         budget: int,
         listener: Callable[[Recorder], None] | None,
-        every: int,
     ) -> None:
         self.family = family
         self.stream = stream
         self._concepts = concepts
         self._layers = layers
-        self._budget = budget
-        self._listener = listener
         self._every = every
         self._tokens = {tokens.device: tokens}
+        self._budget = budget
+        self._listener = listener
         self._runs: weakref.WeakKeyDictionary[CFGGuider, Recorder] = weakref.WeakKeyDictionary()
 
     def tokens_on(self, device: torch.device) -> Tensor:
