@@ -18,8 +18,7 @@ import logging
 import random
 import statistics
 import sys
-from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -157,41 +156,68 @@ def step(bench: Bench) -> list[dict]:
 
 def accounts(_: Bench) -> list[dict]:
     """What an evaluation of Flux.1-dev in bfloat16 asks of a GPU more than one without, on any machine."""
+    rows = []
+    for height, width, batch in ((512, 512, 1), (1024, 1024, 1), (2048, 1024, 1), (1024, 1024, 4)):
+        scene = Scene(FLUX_DEV, height, width, batch)
+        plain = added(scene)
+        streams = {f"K = {k}": {"concepts": k} for k in CONCEPTS}
+        streams["K = 5, last 4 layers"] = {"concepts": 5, "layers": range(15, 19)}
+        streams["reference's algorithm, K = 5"] = {"concepts": 5, "reference": True}
+        for name, stream in streams.items():
+            extra = added(scene, **stream) - plain
+            rows.append(
+                {
+                    "pixels": f"{height} x {width}",
+                    "batch": batch,
+                    "": name,
+                    "operations": extra.operations,
+                    "waits": extra.waits,
+                    "traffic, MB": round(extra.traffic / 1e6),
+                    "traffic, %": 100 * extra.traffic / plain.traffic,
+                    "FLOPs, %": 100 * extra.flops / plain.flops,
+                    "extra peak, MiB": extra.peak / MIB,
+                }
+            )
+    return rows
+
+
+@cache
+def added(scene: Scene, concepts: int = 0, layers: range = range(19), reference: bool = False):
+    """The account of an evaluation of Flux.1-dev with so many concepts."""
     from accounting import account
     from second_attention import SecondAttention
 
     from concept_attention.core.stream import ConceptStream
 
+    def stream(text):
+        tokens = torch.empty(concepts, FLUX_DEV.context, device="cuda")
+        return (SecondAttention if reference else ConceptStream)(text, tokens, tuple(layers))
+
+    return account(FLUX_DEV, scene, stream if concepts else None)
+
+
+def growth(_: Bench) -> list[dict]:
+    """The same, from 5 concepts in all layers at 1024 x 1024 on, one thing changed at a time."""
     rows = []
 
-    def row(scene: Scene, name: str, found, plain) -> None:
-        extra = found - plain
-        rows.append(
-            {
-                "pixels": f"{scene.height} x {scene.width}",
-                "batch": scene.batch,
-                "": name,
-                "operations": extra.operations,
-                "waits": extra.waits,
-                "traffic, MB": round(extra.traffic / 1e6),
-                "traffic, %": 100 * extra.traffic / plain.traffic,
-                "FLOPs, %": 100 * extra.flops / plain.flops,
-                "extra peak, MiB": extra.peak / MIB,
-            }
-        )
+    def row(changed: str, value: int, scene: Scene, **stream) -> None:
+        plain, with_concepts = added(scene), added(scene, **stream)
+        second = added(scene, **{**stream, "reference": True})
+        rows.append({"changed": changed, "to": value})
+        for name, found in (("ours", with_concepts - plain), ("reference's", second - plain)):
+            rows[-1][f"{name}, traffic, %"] = 100 * found.traffic / plain.traffic
+            rows[-1][f"{name}, FLOPs, %"] = 100 * found.flops / plain.flops
+            rows[-1][f"{name}, extra peak, MiB"] = found.peak / MIB
 
-    def with_stream(kind, concepts: int, layers: Iterable[int], text):
-        tokens = torch.empty(concepts, FLUX_DEV.context, device="cuda")
-        return kind(text, tokens, tuple(layers))
-
-    for height, width, batch in ((512, 512, 1), (1024, 1024, 1), (2048, 1024, 1), (1024, 1024, 4)):
-        scene = Scene(FLUX_DEV, height, width, batch)
-        plain = account(FLUX_DEV, scene)
-        streams = {f"K = {k}": partial(with_stream, ConceptStream, k, range(19)) for k in CONCEPTS}
-        streams["K = 5, last 4 layers"] = partial(with_stream, ConceptStream, 5, range(15, 19))
-        streams["reference's algorithm, K = 5"] = partial(with_stream, SecondAttention, 5, range(19))
-        for name, stream in streams.items():
-            row(scene, name, account(FLUX_DEV, scene, stream), plain)
+    square = Scene(FLUX_DEV, 1024, 1024)
+    for k in (1, 5, 32, 128):
+        row("concepts", k, square, concepts=k)
+    for side in (512, 1024, 2048):
+        row("patches", (side // 16) ** 2, Scene(FLUX_DEV, side, side), concepts=5)
+    for last in (1, 10, 19):
+        row("last layer", last, square, concepts=5, layers=range(last))
+    for batch in (1, 4):
+        row("batch", batch, Scene(FLUX_DEV, 1024, 1024, batch), concepts=5)
     return rows
 
 
@@ -351,6 +377,7 @@ def image(bench: Bench) -> list[dict]:
 
 SECTIONS = {
     "accounts": accounts,
+    "growth": growth,
     "step": step,
     "trace": trace,
     "recording": recording,
