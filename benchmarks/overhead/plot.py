@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from PIL import Image
 
 plt.switch_backend("agg")
 plt.rcParams |= {"font.size": 9}
@@ -40,6 +41,8 @@ def main(results: Path, picture: Path) -> None:
     panels[0][0].legend(frameon=False, labels=["Concept Attention", "the reference's algorithm"])
     figure.tight_layout()
     figure.savefig(picture, dpi=90)
+    with Image.open(picture) as image:
+        image.quantize(64).save(picture, optimize=True)
 
 
 if __name__ == "__main__":
