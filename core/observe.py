@@ -43,6 +43,7 @@ def observe(
     spaces: Collection[str] = ("output",),
     attend_image: bool = True,
     attend_concepts: bool = True,
+    every: int = 1,
     budget: int = BUDGET,
     listener: Callable[[Recorder], None] | None = None,
     maps_only: bool = False,
@@ -56,13 +57,15 @@ def observe(
         layers: the double-stream blocks to record; all of them by default.
         spaces: what to record, out of ``stream.SPACES``.
         attend_image, attend_concepts: see ``ConceptStream``.
+        every: evaluations of the model from one that is recorded to the next. The first always is.
         budget: bytes that one recording may take before it keeps the default layers only.
         listener: called after every evaluation with what is being recorded.
         maps_only: nobody wants what is sampled. Evaluations end right after the last recorded layer and
             give zeros, and what fails while recording is raised.
 
     Raises:
-        ValueError: the model is of no supported family, or a layer or space does not exist.
+        ValueError: the model is of no supported family, a layer or space does not exist, or ``every`` is
+            less than 1.
     """
     diffusion_model = model.get_model_object("diffusion_model")
     family = family_of(diffusion_model)
@@ -73,15 +76,16 @@ def observe(
     unknown = set(spaces) - set(SPACES)
     if unknown or not spaces:
         raise ValueError(f"Unknown spaces {sorted(unknown)}. Choose from: {'; '.join(SPACES)}.")
+    if every < 1:
+        raise ValueError(f"Evaluations are recorded every 1 or more, not every {every}.")
 
     stream = partial(
         ConceptStream,
-        concepts=tokens,
         spaces=tuple(spaces),
         attend_image=attend_image,
         attend_concepts=attend_concepts,
     )
-    observer = _Observer(family, concepts, recorded, stream, budget, listener, maps_only)
+    observer = _Observer(family, concepts, tokens, recorded, stream, every, budget, listener, maps_only)
     observed = model.clone()
     for kind in WRAPPERS:
         observed.remove_wrappers_with_key(kind, KEY)
@@ -104,14 +108,16 @@ class _Recorded(BaseException):
 
 
 class _Observer:
-    """The wrappers. ``stream(text, layers=...)`` makes the concept stream of one forward pass."""
+    """The wrappers. ``stream(text, concepts=..., layers=...)`` makes one forward pass's concept stream."""
 
     def __init__(
         self,
         family: ModuleType,
         concepts: Concepts,
+        tokens: Tensor,
         layers: tuple[int, ...],
         stream: Callable[..., ConceptStream],
+        every: int,
         budget: int,
         listener: Callable[[Recorder], None] | None,
         maps_only: bool,
@@ -121,9 +127,17 @@ class _Observer:
         self.maps_only = maps_only
         self._concepts = concepts
         self._layers = layers
+        self._every = every
+        self._tokens = {tokens.device: tokens}
         self._budget = budget
         self._listener = listener
         self._runs: weakref.WeakKeyDictionary[CFGGuider, Recorder] = weakref.WeakKeyDictionary()
+
+    def tokens_on(self, device: torch.device) -> Tensor:
+        """The concepts' tokens. They are copied once: copying from ordinary memory waits for the device."""
+        if device not in self._tokens:
+            self._tokens[device] = next(iter(self._tokens.values())).to(device)
+        return self._tokens[device]
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider: CFGGuider = executor.class_obj
@@ -161,6 +175,7 @@ class _Observer:
             (height * pixels, width * pixels),
             (height / (rows * model.patch_size), width / (columns * model.patch_size)),
             self._budget,
+            self._every,
         )
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
@@ -168,6 +183,8 @@ class _Observer:
         if recorder is None or recorder.failure is not None:
             return executor(x, timestep, model_options, seed)
         evaluation = recorder.evaluation(timestep)
+        if not evaluation.armed:
+            return executor(x, timestep, model_options, seed)
 
         def disarm(args):
             evaluation.armed = False
@@ -343,7 +360,7 @@ class _Hooks:
             None if guidance is None else guidance[chunk.rows],
             x.dtype,
         )
-        stream = observer.stream(text, layers=self._layers)
+        stream = observer.stream(text, concepts=observer.tokens_on(x.device), layers=self._layers)
         self._followed.append((chunk, grid, stream))
 
     def before_attention(self, q, k, v, pe=None, attn_mask=None, extra_options=None):

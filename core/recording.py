@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -157,8 +157,8 @@ class Pass:
 
 @dataclass
 class Evaluation:
-    """One evaluation of the model by the sampler. ``armed`` while its main pass runs: extra passes that
-    guidance methods add are not recorded."""
+    """One evaluation of the model by the sampler. ``armed`` while its main pass runs, if it is to be recorded
+    at all: extra passes that guidance methods add are not."""
 
     recorder: Recorder
     sigma: Tensor
@@ -172,9 +172,12 @@ class Evaluation:
         return all(recorded.copied is None or recorded.copied.query() for recorded in self.passes)
 
     def wait(self) -> None:
-        for recorded in self.passes:
+        """Also moves the scores out of pinned memory, which is scarce and made for copies on their way."""
+        for i, recorded in enumerate(self.passes):
             if recorded.copied is not None:
                 recorded.copied.synchronize()
+                scores = {space: s.clone() for space, s in recorded.scores.items()}
+                self.passes[i] = replace(recorded, scores=scores, copied=None)
 
 
 class Recorder:
@@ -184,6 +187,7 @@ class Recorder:
         layers: the layers to record; once ``budget`` bytes are full, only the default ones are kept.
         sigmas: the run's schedule (n + 1,).
         batch, grid: the number of images and the patch grid of each.
+        every: evaluations from one that is to be recorded to the next.
     """
 
     def __init__(
@@ -197,6 +201,7 @@ class Recorder:
         image_size: tuple[int, int],
         coverage: tuple[float, float],
         budget: int = BUDGET,
+        every: int = 1,
     ) -> None:
         self.layers = layers
         self.batch = batch
@@ -208,12 +213,13 @@ class Recorder:
         self._schedule = [float(s) for s in sigmas]
         self._image_size = image_size
         self._budget = budget
+        self._every = every
         self._bytes = 0
         self._evaluations: list[Evaluation] = []
         self._lock = threading.Lock()
 
     def evaluation(self, sigma: Tensor) -> Evaluation:
-        evaluation = Evaluation(self, sigma)
+        evaluation = Evaluation(self, sigma, armed=len(self._evaluations) % self._every == 0)
         self._evaluations.append(evaluation)
         return evaluation
 

@@ -16,6 +16,11 @@ from torch.nn import functional as F
 
 SPACES = ("output", "cross-attention", "value", "output, normalized concepts")
 
+# Matrix products of half-precision factors that keep the float32 they are summed in: CUDA, PyTorch 2.8.
+_BMM_TO_FLOAT32 = torch.version.cuda is not None and "dtype" in torch.ops.aten.bmm.overloads()
+# Elsewhere so many image rows are made float32 at a time: 12 MiB of Flux.1's.
+_ROWS = 1024
+
 
 class TextBlock(Protocol):
     """The text-side weights of one double-stream block, modulated for one forward pass."""
@@ -119,7 +124,18 @@ class ConceptStream:
             return
         if concepts.ndim == 4:
             concepts, image = _heads_side_by_side(concepts), _heads_side_by_side(image)
-        self.scores[space].append(concepts.float() @ image.float().transpose(1, 2))
+        self.scores[space].append(_dot_products(concepts, image))
+
+
+def _dot_products(concepts: Tensor, image: Tensor) -> Tensor:
+    """(B, K, N) float32 of (B, K, D) and (B, N, D). Scores reach hundreds and are compared by softmax: half
+    precision would round them by up to 1. The image is not copied to float32 as a whole."""
+    if concepts.dtype == image.dtype != torch.float32 and image.is_cuda and _BMM_TO_FLOAT32:
+        return torch.bmm(concepts, image.mT, out_dtype=torch.float32)
+    concepts = concepts.float()
+    if image.dtype == torch.float32:
+        return concepts @ image.mT
+    return torch.cat([concepts @ rows.float().mT for rows in image.split(_ROWS, 1)], 2)
 
 
 def _heads_side_by_side(x: Tensor) -> Tensor:

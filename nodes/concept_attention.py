@@ -80,6 +80,19 @@ class ConceptAttention(io.ComfyNode):
                     advanced=True,
                     tooltip="Also record the space of values, to compare with the output space.",
                 ),
+                io.Int.Input(
+                    "record_every",
+                    default=1,
+                    min=1,
+                    max=1000,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Record every so many evaluations of the model: 1 is every step, 2 every other step. "
+                        "Each one that is recorded takes a little longer, and much longer when the model "
+                        "does not fit on the GPU or is compiled."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -96,6 +109,7 @@ class ConceptAttention(io.ComfyNode):
         record_layers: str,
         record_cross_attention: bool,
         record_value: bool,
+        record_every: int = 1,
     ) -> io.NodeOutput:
         diffusion_model = model.get_model_object("diffusion_model")
         family = family_of(diffusion_model)
@@ -114,4 +128,7 @@ class ConceptAttention(io.ComfyNode):
             spaces.append("value")
         tokens = encode_concepts(clip, parsed.all, token_pooling, family.token_width(diffusion_model))
         listener = live_maps(cls.hidden.unique_id) if cls.hidden else None
-        return io.NodeOutput(observe(model, parsed, tokens, layers=layers, spaces=spaces, listener=listener))
+        observed = observe(
+            model, parsed, tokens, layers=layers, spaces=spaces, listener=listener, every=record_every
+        )
+        return io.NodeOutput(observed)

@@ -28,6 +28,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import Tensor
 
 import nodes
+from concept_attention.core import observe as observe_module
 from concept_attention.core.architectures import flux1
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.observe import KEY, observe
@@ -934,6 +935,58 @@ def test_a_model_that_never_runs_leaves_an_error_with_likely_causes(model, repla
             assert word in str(error.value)
 
 
+def without_patches(args: dict, extra: dict) -> dict:
+    """Runs a block as caches do that call the model's blocks themselves."""
+    return extra["original_block"]({**args, "transformer_options": {}})
+
+
+@pytest.mark.parametrize(
+    "blocks, reason",
+    [
+        ([0, 1, 2], "recorded nothing.*3 evaluations.*TeaCache"),
+        ([2], "recorded nothing.*3 evaluations.*TeaCache"),
+        ([0], "block 1 ran where block 0 was due"),
+    ],
+    ids=["all", "the last", "the first"],
+)
+def test_blocks_that_run_without_their_patches_are_never_passed_over(model, blocks, reason):
+    patched = model.clone()
+    for block in blocks:
+        patched.set_model_patch_replace(without_patches, "dit", "double_block", block)
+    samples = sample(observed(patched))
+    assert torch.equal(samples, sample(patched))
+    with pytest.raises(RecordingError, match=reason):
+        recording(samples)
+
+
+@pytest.mark.parametrize("sampler, steps", [("euler", (0, 2, 4)), ("heun", (0, 1, 2, 3, 4))])
+def test_every_second_evaluation(model, monkeypatch, sampler, steps):
+    """Heun evaluates all steps but the last twice."""
+    run = {"sampler": sampler, "steps": 5, "cfg": 3.0}
+    whole = recording(sample(observed(model), **run))
+    seen = []
+
+    def follow(self, *args):
+        seen.append(self)
+        return original(self, *args)
+
+    original = observe_module._Hooks.follow
+    monkeypatch.setattr(observe_module._Hooks, "follow", follow)
+    samples = sample(observed(model, every=2), **run)
+    assert torch.equal(samples, sample(model, **run))
+    found = recording(samples)
+    assert found.steps == steps
+    assert found.sigmas == whole.sigmas[::2]
+    assert len(seen) == len(found.sigmas)
+    for ours, expected in zip(found.scores["output"], whole.scores["output"][::2], strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_evaluations_are_recorded_every_one_or_more(model):
+    with pytest.raises(ValueError, match="every 1 or more, not every 0"):
+        observed(model, every=0)
+
+
 @pytest.mark.parametrize("budget", [1, 8000], ids=["full at once", "full at the third evaluation"])
 def test_a_full_budget_leaves_the_default_layers(budget, caplog):
     model = random_flux(depth=6)
@@ -987,7 +1040,15 @@ def block_by_block(model: ModelPatcher) -> ModelPatcher:
     return compiled
 
 
-@pytest.mark.parametrize("compile_model", [by_the_stock_node, block_by_block])
+def by_an_object_patch(model: ModelPatcher) -> ModelPatcher:
+    """As nodes did before ComfyUI had a function for it."""
+    compiled, name = model.clone(), "diffusion_model.double_blocks.0"
+    block = getattr(model.get_model_object(name), "_orig_mod", model.get_model_object(name))
+    compiled.add_object_patch(name, torch.compile(block, backend="eager"))
+    return compiled
+
+
+@pytest.mark.parametrize("compile_model", [by_the_stock_node, block_by_block, by_an_object_patch])
 def test_a_compiled_model_is_recorded_and_stays_usable(compile_model):
     torch._dynamo.reset()
     model = random_flux(depth=1)

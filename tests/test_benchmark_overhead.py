@@ -1,0 +1,100 @@
+"""benchmarks/overhead: its yardstick is the reference's algorithm, and what it counts stays within bounds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_golden import FILES, TOLERANCE, relative
+
+import comfyui
+from concept_attention.core.architectures import flux1
+from concept_attention.core.stream import ConceptStream
+from tiny_flux import Golden, load_golden
+
+FOLDER = comfyui.ROOT / "benchmarks" / "overhead"
+sys.path.insert(0, str(FOLDER))
+
+from accounting import Account, account  # noqa: E402
+from second_attention import SecondAttention, follow  # noqa: E402
+from setting import FLUX_DEV, TINY, Scene  # noqa: E402
+
+AT_1024 = Scene(FLUX_DEV, 1024, 1024)
+
+
+@pytest.fixture(params=FILES, ids=lambda p: p.stem, scope="module")
+def golden(request) -> Golden:
+    return load_golden(request.param)
+
+
+def test_the_yardstick_computes_what_the_reference_does(golden):
+    model = golden.model().model.diffusion_model
+    for step in range(golden.number("num_steps")):
+        t, guidance = golden["inputs.timesteps"][step], golden.tensors.get("inputs.guidance")
+        text = flux1.TextStream(model, t, guidance, torch.float32)
+        stream = SecondAttention(text, golden["inputs.concepts"][0], range(flux1.depth(model)))
+        model(
+            golden["inputs.latents"][step],
+            t,
+            golden["inputs.context"],
+            y=golden["inputs.y"],
+            guidance=guidance,
+            transformer_options={"patches": follow(stream, flux1.rotate)},
+        )
+        assert len(stream.vectors) == flux1.depth(model)
+        for layer, scores in enumerate(stream.output_scores()):
+            expected = golden[f"expected.step{step}.layer{layer}.concept_scores"]
+            assert relative(scores, expected) <= TOLERANCE
+
+
+def extra(concepts: int, scene: Scene = AT_1024, kind=ConceptStream, layers=range(19)) -> Account:
+    """What the stream of ``concepts`` adds to an evaluation of Flux.1-dev on a GPU."""
+
+    def stream(text):
+        return kind(text, torch.empty(concepts, FLUX_DEV.context, device="cuda"), layers)
+
+    return account(FLUX_DEV, scene, stream) - account(FLUX_DEV, scene)
+
+
+@pytest.fixture(scope="module")
+def five_concepts() -> Account:
+    return extra(5)
+
+
+def test_the_host_never_waits_for_the_device_within_an_evaluation(five_concepts):
+    assert five_concepts.waits == 0
+    assert extra(5, kind=SecondAttention).waits == 4 * 19  # what is counted can be seen
+
+
+@pytest.mark.parametrize("concepts, mebibytes", [(5, 2), (64, 32)])
+def test_the_extra_peak_of_device_memory_at_1024_is_the_scores(concepts, mebibytes):
+    assert extra(concepts).peak <= mebibytes * 2**20
+
+
+def test_a_block_costs_few_operations(five_concepts):
+    assert five_concepts.operations <= 23 * 19
+
+
+def test_hardly_any_arithmetic_is_added(five_concepts):
+    plain = account(FLUX_DEV, AT_1024)
+    assert five_concepts.flops < 0.001 * plain.flops
+    # Text weights, read once more, and the image's keys, values and outputs.
+    assert five_concepts.traffic < 0.1 * plain.traffic
+
+
+def test_the_script_runs_from_the_first_section_to_the_last(tmp_path):
+    command = [sys.executable, FOLDER / "run.py", "--tiny", "--rounds", "2", "--out", tmp_path]
+    command += ["--sections", "step,trace,recording,reading"]
+    environment = {**os.environ, "COMFYUI_PATH": str(comfyui.find()), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    rows = {row[""]: row for row in found["step"]}
+    assert {"without", "K = 5", "K = 64", "reference's algorithm, K = 5"} <= rows.keys()
+    assert rows["without"]["time, ratio"] == 1
+    assert {row["bytes per score"] for row in found["recording"]} == {4}
+    assert TINY.depth == found["recording"][0]["layers"]
