@@ -210,10 +210,26 @@ def test_scenes_of_several_classes_are_labelled_everywhere():
 
 
 def test_look_alike_objects_are_two_classes_named_by_colour():
-    example = datasets.scenes(several=True, look_alike=True).load(0)
+    example = datasets.scenes(several=True, kind="look-alike").load(0)
     first, second = (name.split() for name in list(example.names.values())[:2])
     assert first[1] == second[1]
     assert first[0] != second[0]
+
+
+def test_objects_of_a_crowd_are_a_class_each_named_by_colour():
+    data = datasets.scenes(several=True, kind="crowd")
+    assert data.name == "scenes-crowd-multi"
+    example = data.load(0)
+    assert set(np.unique(example.labels)) == set(example.names)
+    objects = [name.split() for name in example.names.values() if " " in name]
+    assert len(objects) >= 3
+    assert len({noun for _, noun in objects}) == 1
+    assert len({colour for colour, _ in objects}) == len(objects)
+
+
+def test_scenes_of_look_alikes_have_several_classes():
+    with pytest.raises(ValueError, match="crowd"):
+        datasets.scenes(kind="crowd")
 
 
 def test_other_background_concepts_make_another_run():

@@ -20,12 +20,14 @@ from test_benchmark_datasets import write_imagenet, write_voc
 from concept_attention.benchmarks.segmentation import cli, datasets, metrics, models
 from concept_attention.benchmarks.segmentation.methods import Query, available, loader
 from concept_attention.benchmarks.segmentation.metrics import IGNORED
-from concept_attention.benchmarks.segmentation.models import Models
+from concept_attention.benchmarks.segmentation.models import Models, View
 from concept_attention.benchmarks.segmentation.report import Results, cases, report, summary
 from concept_attention.benchmarks.segmentation.run import evaluate, run, seed_of
 from concept_attention.benchmarks.segmentation.store import Store, key_of
-from concept_attention.benchmarks.segmentation.sweep import Group, full, single
+from concept_attention.benchmarks.segmentation.sweep import Group, full, only, single
 from concept_attention.core.concepts import Concepts
+from concept_attention.core.maps import GROUNDINGS, concept_maps
+from concept_attention.core.masks import concept_masks
 
 WORKER = Path(__file__).with_name("benchmark_worker.py")
 
@@ -90,6 +92,14 @@ def test_where_a_background_concept_wins_is_class_0():
 def test_labels_are_made_smaller_without_mixing_classes():
     labels = np.array([[3, 3, 9, 9], [3, 3, 9, 9], [IGNORED] * 4, [IGNORED] * 4])
     assert metrics.resized(labels, 2).tolist() == [[3, 9], [IGNORED, IGNORED]]
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_a_map_finer_than_the_score_is_taken_at_the_places_of_the_labels(size):
+    labels = np.random.default_rng(0).integers(0, 9, (256, 300))
+    assert np.array_equal(
+        metrics.at_size(torch.from_numpy(labels).float(), size), metrics.resized(labels, size)
+    )
 
 
 def test_the_interval_holds_the_score_and_is_nothing_for_a_difference_from_itself():
@@ -246,11 +256,56 @@ def test_choices_that_only_change_what_is_made_of_scores_share_one_pass(demo, pa
             {"layers": "3"},
             {"temperature": 2.0},
             {"bilinear": True},
+            {"grounding": "anchor propagation"},
+            {"refine": True},
+            {"grounding": "anchor propagation", "refine": True},
         )
     ]
     maps = [method(asked) for method in chosen]
     assert len(passes) == 1
     assert len({tuple(m.flatten()[:20].tolist()) for m in maps}) == len(maps)
+
+
+@pytest.mark.parametrize("grounding", GROUNDINGS)
+def test_a_refined_map_gives_the_mask_that_concept_mask_cuts(demo, grounding):
+    asked = query()
+    refined = loader("concept-attention")(demo, refine=True, grounding=grounding)(asked)
+    view = View(asked.concepts, asked.prompt, "mean of tokens", True, True, True, 0.5)
+    maps = concept_maps(demo.recording(asked, view, 1), grounding=grounding)
+    guide = torch.from_numpy(asked.picture.copy())[None].float() / 255
+    masks, _ = concept_masks(maps, asked.concepts.names, guide=guide)
+    assert torch.equal((refined.argmax(0) == 0).float(), masks[0, 0])
+
+
+def compared(models: Models, data: datasets.Dataset, tmp_path: Path, choices: dict) -> dict[str, float]:
+    """The mIoU by argmax of each choice on the first 16 images."""
+    rows = {label: loader("concept-attention")(models, **choice) for label, choice in choices.items()}
+    groups = [Group("compared", "Compared", rows)]
+    results = Results(run(data, groups, models.settings, tmp_path, limit=16, progress=False))
+    return {label: results.scores(key_of(m.settings), argmax=True).miou for label, m in rows.items()}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_refined_maps_are_ahead_of_enlarged_ones(demo, tmp_path, several):
+    choices = {"nearest": {}, "bilinear": {"bilinear": True}, "refined": {"refine": True}}
+    miou = compared(demo, datasets.scenes(several=several), tmp_path, choices)
+    assert miou["refined"] >= max(miou["nearest"], miou["bilinear"]) + 0.05
+
+
+def test_anchor_propagation_is_ahead_in_crowds(demo, tmp_path):
+    choices = {
+        f"{grounding}, {refine}": {"grounding": grounding, "refine": refine}
+        for grounding in GROUNDINGS
+        for refine in (False, True)
+    }
+    miou = compared(demo, datasets.scenes(several=True, kind="crowd"), tmp_path, choices)
+    assert miou["anchor propagation, False"] >= miou["paper, False"] + 0.01
+    assert miou["anchor propagation, True"] >= miou["paper, True"] + 0.01
+
+
+def test_maps_are_enlarged_in_one_way(demo):
+    with pytest.raises(ValueError, match="choose one"):
+        loader("concept-attention")(demo, bilinear=True, refine=True)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +329,7 @@ def test_what_the_model_sees_changes_the_maps_and_takes_a_pass(demo, passes, cho
 
 
 def test_the_first_token_differs_from_the_mean_for_concepts_of_several(demo):
-    example = datasets.scenes(several=True, look_alike=True).load(0)
+    example = datasets.scenes(several=True, kind="look-alike").load(0)
     asked = Query(example.picture, Concepts(tuple(example.names.values())), "", 5)
     mean, first = (
         loader("concept-attention")(demo, pooling=pooling)(asked)
@@ -307,11 +362,20 @@ def test_a_sweep_covers_the_papers_tables_and_figures_and_shares_passes(demo, pa
     assert labels["layers"] == ["Default", "All", *map(str, range(7))]
     assert {"0.1", "0.5", "0.9"} <= set(labels["levels"])
     assert labels["samples"] == ["1", "2", "5"]
+    assert len(labels["refine"]) == 3
+    assert len(labels["grounding"]) == 4
     methods = {key_of(m.settings): m for group in groups for m in group.methods.values()}
     result = evaluate(data.load(0), data, methods)
     assert set(result["results"]) == set(methods)
     assert len(methods) > 40
     assert len(passes) < 25
+
+
+def test_a_sweep_of_some_groups_keeps_their_order_and_names_the_others(demo):
+    groups = full(demo, ())
+    assert [group.name for group in only(groups, ["grounding", "spaces"])] == ["spaces", "grounding"]
+    with pytest.raises(ValueError, match='no group "edges".*refine, grounding'):
+        only(groups, ["edges"])
 
 
 def test_levels_and_layers_that_do_not_exist_are_refused(demo):
@@ -420,8 +484,12 @@ def test_a_report_on_other_data_than_the_runs_is_refused(tmp_path):
 def test_the_command_runs_a_method_and_prints_its_scores(tmp_path):
     command = [sys.executable, "-m", "benchmarks.segmentation", "run", "--data", "scenes-multi"]
     command += ["--limit", "2", "--method", "cross-attention", "--out", str(tmp_path)]
+    command += ["--refine", "--grounding", "anchor propagation"]
     done = subprocess.run(command, cwd=WORKER.parent.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert re.search(r"scenes-multi: 2 images, accuracy \d+\.\d\d, mIoU \d+\.\d\d", done.stdout)
     (folder,) = tmp_path.iterdir()
     assert (folder / "report.md").exists()
+    (method,) = Store.open(folder).settings["methods"].values()
+    assert method["refine"] is True
+    assert method["grounding"] == "anchor propagation"

@@ -11,15 +11,22 @@ import torch
 
 import comfyui
 
+from ...core.maps import GROUNDINGS
 from . import datasets
 from .datasets import DataError, Dataset
 from .methods import available
 from .report import report, summary
 from .run import run
 from .store import Store
-from .sweep import Group, full, single
+from .sweep import Group, full, only, single
 
-DATA = ("scenes", "scenes-multi", "scenes-look-alike-multi", "imagenet", "voc", "voc-multi", "folder")
+SCENE_KINDS = {
+    "scenes": "",
+    "scenes-multi": "",
+    "scenes-look-alike-multi": "look-alike",
+    "scenes-crowd-multi": "crowd",
+}
+DATA = (*SCENE_KINDS, "imagenet", "voc", "voc-multi", "folder")
 SCENES = 200
 
 
@@ -72,11 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--no-cross", action="store_true", help="concepts do not attend to the image")
     one.add_argument("--no-self", action="store_true", help="concepts do not attend to each other")
     one.add_argument("--no-caption", action="store_true", help="the model sees an empty prompt")
-    one.add_argument("--bilinear", action="store_true", help="enlarge maps smoothly")
+    one.add_argument("--grounding", choices=GROUNDINGS, default=GROUNDINGS[0], help="(%(default)s)")
+    enlarging = one.add_mutually_exclusive_group()
+    enlarging.add_argument("--bilinear", action="store_true", help="enlarge maps smoothly")
+    enlarging.add_argument("--refine", action="store_true", help="refine maps by the picture's edges")
     one.set_defaults(command=_run)
 
     many = commands.add_parser(
         "sweep", parents=[work], help="run all that the paper's tables and figures compare"
+    )
+    many.add_argument(
+        "--groups", nargs="+", metavar="NAME", help='only these tables, as in "refine grounding"'
     )
     many.set_defaults(command=_sweep)
 
@@ -105,12 +118,18 @@ def _run(args: argparse.Namespace) -> None:
         "attend_concepts": not args.no_self,
         "captioned": not args.no_caption,
         "bilinear": args.bilinear,
+        "refine": args.refine,
+        "grounding": args.grounding,
     }
     _work(args, lambda models, _: single(models, args.method, choices))
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    _work(args, lambda models, dataset: full(models, dataset.background))
+    def groups(models, dataset):
+        every = full(models, dataset.background)
+        return every if args.groups is None else only(every, args.groups)
+
+    _work(args, groups)
 
 
 def _work(args: argparse.Namespace, groups) -> None:
@@ -187,7 +206,7 @@ def dataset_of(args: argparse.Namespace) -> Dataset:
         ValueError: its path was not given.
     """
     if args.data.startswith("scenes"):
-        dataset = datasets.scenes(several="multi" in args.data, look_alike="look-alike" in args.data)
+        dataset = datasets.scenes(several="multi" in args.data, kind=SCENE_KINDS[args.data])
     elif args.path is None:
         raise ValueError(f"--data {args.data} needs --path.")
     elif args.data == "imagenet":

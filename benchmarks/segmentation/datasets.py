@@ -263,38 +263,39 @@ def folder(path: Path) -> Dataset:
     return Dataset("folder", ids, load, IMAGENET_BACKGROUND, classes is not None)
 
 
-def scenes(*, several: bool = False, look_alike: bool = False) -> Dataset:
+def scenes(*, several: bool = False, kind: str = "") -> Dataset:
     """The demo's held-out scenes (demo/scenes.py), with exact labels: of a thousand, those that show one
     object only, which is class 1.
 
     Args:
         several: all of the thousand, each with all that it shows, grounds and sky too.
-        look_alike: scenes with two objects of one noun, which are named by colour ("red ball") and so have
-            several tokens. Their classes are the first and the second object.
+        kind: "look-alike": scenes with two objects of one noun, which are named by colour ("red ball") and so
+            have several tokens; "crowd": with three or four, which touch. Their classes are the first object,
+            the second and so on.
     """
     from scenes import GROUNDS, HELD_OUT, NOUNS, make_scene
 
-    if look_alike and not several:
-        raise ValueError("Look-alike scenes show two objects: they are there with several classes only.")
+    if kind and not several:
+        raise ValueError(f"Scenes of the kind {kind} show several objects: they need several classes.")
     nouns = (*NOUNS, *GROUNDS, "sky")
     seeds = range(HELD_OUT, HELD_OUT + 1000)
     if not several:
         seeds = [seed for seed in seeds if sum(r.colour is not None for r in make_scene(seed).regions) == 1]
 
     def load(index: int) -> Example:
-        scene = make_scene(seeds[index], look_alike)
+        scene = make_scene(seeds[index], kind == "look-alike", crowd=kind == "crowd")
         if several:
             classes = [
-                len(nouns) + 1 + i if look_alike and r.colour else nouns.index(r.noun) + 1
+                len(nouns) + 1 + i if kind and r.colour else nouns.index(r.noun) + 1
                 for i, r in enumerate(scene.regions)
             ]
         else:
             classes = [int(r.colour is not None) for r in scene.regions]
-        said = [r.phrase if look_alike else r.noun for r in scene.regions]
+        said = [r.phrase if kind else r.noun for r in scene.regions]
         names = {c: name for c, name in zip(classes, said, strict=True) if c}
         return Example(f"scene {seeds[index]}", scene.image, np.asarray(classes)[scene.labels], names)
 
-    name = "-".join(["scenes", *["look-alike"] * look_alike, *["multi"] * several])
+    name = "-".join(["scenes", *[kind] * bool(kind), *["multi"] * several])
     background = () if several else ("background", *GROUNDS, "sky")
     return Dataset(name, tuple(map(str, seeds)), load, background, several)
 

@@ -55,7 +55,10 @@ def unit_range(map_: Tensor) -> Tensor:
 
 
 def at_size(map_: Tensor, size: int) -> np.ndarray:
-    """A map (h, w) at size x size, nearest neighbour."""
+    """A map (h, w) at size x size, nearest neighbour: enlarged as the reference does it; one that is finer
+    is taken at the same pixels as the labels."""
+    if max(map_.shape) > size:
+        return np.asarray(Image.fromarray(map_.numpy()).resize((size, size), Image.Resampling.NEAREST))
     return F.interpolate(map_[None, None], size=(size, size), mode="nearest")[0, 0].numpy()
 
 

@@ -292,6 +292,6 @@ def _case(row, results: Results, example, result: dict, title: str) -> None:
     row[3].imshow(painted)
     row[0].set_title(title, fontsize=8, color=INK, loc="left", parse_math=False)
     row[1].set_title(", ".join(result["names"])[:60], fontsize=8, color=INK, loc="left", parse_math=False)
-    row[2].set_title(result["id"][-40:], fontsize=8, color=INK, loc="left", parse_math=False)
+    row[3].set_title(result["id"][-30:], fontsize=8, color=INK, loc="right", parse_math=False)
     for axes in row:
         axes.set_axis_off()

@@ -7,7 +7,7 @@ methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -116,9 +116,23 @@ def full(models: Models, background: tuple[str, ...]) -> list[Group]:
             {str(t): choose(temperature=t) for t in (1.0, *TEMPERATURES)},
         ),
         Group(
-            "enlarging",
-            "Enlarging to 224 x 224",
-            {"Nearest neighbour": choose(), "Bilinear, then the threshold": choose(bilinear=True)},
+            "refine",
+            "Refined by the picture's edges",
+            {
+                "Nearest neighbour": choose(),
+                "Bilinear, then the threshold": choose(bilinear=True),
+                "Refined, then the threshold": choose(refine=True),
+            },
+        ),
+        Group(
+            "grounding",
+            "Grounding (look-alike objects)",
+            {
+                "Paper": choose(),
+                "Anchor propagation": choose(grounding="anchor propagation"),
+                "Paper, refined": choose(refine=True),
+                "Anchor propagation, refined": choose(grounding="anchor propagation", refine=True),
+            },
         ),
         Group(
             "prompt",
@@ -144,3 +158,16 @@ def full(models: Models, background: tuple[str, ...]) -> list[Group]:
             )
         )
     return groups
+
+
+def only(groups: Sequence[Group], names: Sequence[str]) -> list[Group]:
+    """The groups of these names, in their own order.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    there = [group.name for group in groups]
+    for name in names:
+        if name not in there:
+            raise ValueError(f'There is no group "{name}". The groups are: {", ".join(there)}.')
+    return [group for group in groups if group.name in names]

@@ -6,12 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ....core.concepts import Concepts
-from ....core.maps import heatmaps
+from ....core.maps import GROUNDINGS, concept_maps
 from ....core.recording import parse_layers
+from ....core.refine import refine
 from ..models import Models, View
 from . import Query
 
@@ -23,7 +24,7 @@ class ConceptAttention:
     """The maps of one choice. Those that differ only in what is made of the scores share a forward pass.
 
     Attributes:
-        space, softmax, temperature: see ``core.maps.heatmaps``.
+        space, softmax, temperature, grounding: see ``core.maps.concept_maps``.
         layers: "default", "all", "last N", or numbers as in "0, 15-18".
         level: the noise level, 0..1. The paper takes 0.5.
         samples: of noise; their maps are averaged.
@@ -31,12 +32,14 @@ class ConceptAttention:
         background: instead of the data set's background concepts.
         captioned: whether the model sees the caption, as in the reference, or an empty prompt.
         bilinear: maps are enlarged to 224 x 224 smoothly, before they are cut.
+        refine: maps are refined by the picture, at its size, before they are cut; see ``core.refine``.
     """
 
     models: Models = field(repr=False, compare=False)
     space: str = "output"
     softmax: bool = True
     temperature: float = 1.0
+    grounding: str = GROUNDINGS[0]
     layers: str = "default"
     level: float = 0.5
     samples: int = 1
@@ -47,12 +50,15 @@ class ConceptAttention:
     captioned: bool = True
     pooled_prompt: bool = True
     bilinear: bool = False
+    refine: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.level <= 1:
             raise ValueError(f"The noise level must be above 0 and at most 1, not {self.level}.")
         if self.samples < 1:
             raise ValueError(f"There must be at least one sample of noise, not {self.samples}.")
+        if self.bilinear and self.refine:
+            raise ValueError("Maps are enlarged either smoothly or by the picture's edges: choose one.")
         layers_of(self.layers, self.models.layers, self.models.default_layers)
         self.models.expect(self.space)
 
@@ -76,16 +82,20 @@ class ConceptAttention:
         )
         recording = self.models.recording(query, view, self.samples)
         layers = layers_of(self.layers, recording.layers, recording.default_layers)
-        maps = heatmaps(
+        maps = concept_maps(
             recording,
             space=self.space,
             layers=layers,
             softmax=self.softmax,
             temperature=self.temperature,
+            grounding=self.grounding,
         )
+        if self.refine:
+            picture = torch.from_numpy(query.picture.copy()).float() / 255
+            return refine(maps.values[0], picture, maps.coverage)
         if self.bilinear:
-            maps = F.interpolate(maps, (SMOOTH_SIZE, SMOOTH_SIZE), mode="bilinear", align_corners=False)
-        return maps[0]
+            return maps.at_size(SMOOTH_SIZE, SMOOTH_SIZE)[0]
+        return maps.values[0]
 
 
 def load(models: Models, **choices) -> ConceptAttention:
