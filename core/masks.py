@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -161,12 +161,7 @@ def concept_masks(
     """
     indices = [maps.index(name) for name in names]
     planes, found = [], []
-    images = maps.values if guide is None else maps.values.expand(len(guide), -1, -1, -1)
-    for number, image in enumerate(images):
-        if guide is None:
-            values = upscale(image[None], size or maps.image_size, maps.coverage)[0]
-        else:
-            values = refine(image, guide[number], maps.coverage)
+    for values in _at_images(maps, size, guide):
         found.append([])
         for index in indices:
             inside = region(values, index, method, threshold)
@@ -186,11 +181,26 @@ def concept_mask(maps: ConceptMaps, name: str, **options) -> Tensor:
     return concept_masks(maps, [name], **options)[0][:, 0]
 
 
-def segment(maps: ConceptMaps, size: tuple[int, int] | None = None, floor: float = 0.0) -> Tensor:
+def segment(
+    maps: ConceptMaps,
+    size: tuple[int, int] | None = None,
+    floor: float = 0.0,
+    guide: Tensor | None = None,
+) -> Tensor:
     """Which concept each pixel shows (B, H, W): the index in ``maps.concepts.all`` of the highest map, or
-    -1 (unassigned) where even that is below ``floor``."""
+    -1 (unassigned) where even that is below ``floor``. ``size`` and ``guide`` as in ``concept_masks``."""
     labels = []
-    for image in maps.values.unsqueeze(1):
-        highest, label = upscale(image, size or maps.image_size, maps.coverage)[0].max(0)
+    for values in _at_images(maps, size, guide):
+        highest, label = values.max(0)
         labels.append(torch.where(highest < floor, -1, label))
     return torch.stack(labels)
+
+
+def _at_images(maps: ConceptMaps, size: tuple[int, int] | None, guide: Tensor | None) -> Iterator[Tensor]:
+    """The maps (K, H, W) of one image after the other: enlarged, or refined."""
+    if guide is None:
+        for image in maps.values:
+            yield upscale(image[None], size or maps.image_size, maps.coverage)[0]
+    else:
+        for image, edges in zip(maps.values.expand(len(guide), -1, -1, -1), guide, strict=True):
+            yield refine(image, edges, maps.coverage)

@@ -36,6 +36,14 @@ class ConceptSegmentation(io.ComfyNode):
                 io.Boolean.Input(
                     "legend", default=True, tooltip="Names, colours and areas, beside the picture."
                 ),
+                io.Boolean.Input(
+                    "refine",
+                    default=False,
+                    tooltip=(
+                        "Let borders follow the edges of the image, finer than patches of 16 pixels (a "
+                        "guided filter). Needs the image."
+                    ),
+                ),
             ],
             outputs=[
                 io.Image.Output(tooltip="Background concepts compete, but are left clear."),
@@ -50,14 +58,22 @@ class ConceptSegmentation(io.ComfyNode):
         unassigned_below: float,
         opacity: float,
         legend: bool,
+        refine: bool = False,
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
+        if refine and image is None:
+            raise ValueError(
+                "To refine its borders, Concept Segmentation needs the image whose edges they follow. "
+                "Connect the image decoded from the LATENT that the maps belong to, or switch refine off."
+            )
         names = maps.concepts.names
         if image is None:
             labels = segment(maps, floor=unassigned_below)
         else:
             image = images_of(maps, image)
-            labels = segment(maps, tuple(image.shape[1:3]), unassigned_below).expand(len(image), -1, -1)
+            guide = image if refine else None
+            labels = segment(maps, tuple(image.shape[1:3]), unassigned_below, guide)
+            labels = labels.expand(len(image), -1, -1)
         masks = torch.stack([(labels == index).float() for index in range(len(names))], 1)
         for name, found in zip(names, masks.any(3).any(2).any(0), strict=True):
             if not found:

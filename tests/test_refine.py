@@ -6,9 +6,10 @@ from torch import Tensor
 
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.maps import upscale
-from concept_attention.core.masks import METHODS, concept_mask, concept_masks
+from concept_attention.core.masks import METHODS, concept_mask, concept_masks, segment
 from concept_attention.core.refine import guided_filter, refine
 from concept_attention.nodes.concept_mask import ConceptMask
+from concept_attention.nodes.concept_segmentation import ConceptSegmentation
 from recordings import maps_of
 
 CONCEPTS = Concepts(("cat", "dog"), ("sky",))
@@ -54,6 +55,18 @@ def test_a_mask_snaps_to_the_edge_of_the_image(side):
     refined = concept_mask(maps, "cat", guide=image[None])[0].bool()
     assert iou(plain, truth) < 0.92
     assert iou(refined, truth) > 0.99
+
+
+def test_a_segmentation_snaps_to_the_edge_of_the_image():
+    maps = maps_of(halves(0.5)[None], CONCEPTS, (128, 128))
+    image = picture()
+    truth = image[..., 2] > 0.5
+    assert iou(segment(maps)[0] == 0, truth) < 0.92
+    assert iou(segment(maps, guide=image[None])[0] == 0, truth) > 0.99
+    options = {"unassigned_below": 0.0, "opacity": 0.6, "legend": False, "image": image[None]}
+    plain, refined = (ConceptSegmentation.execute(maps, refine=r, **options).result[1] for r in (False, True))
+    assert iou(plain[0].bool(), truth) < 0.92
+    assert iou(refined[0].bool(), truth) > 0.99
 
 
 def test_soft_maps_get_the_edge_of_the_image():
@@ -195,6 +208,8 @@ def test_refining_needs_an_image():
     maps = maps_of(halves()[None], CONCEPTS, (128, 128))
     with pytest.raises(ValueError, match="needs the image whose edges it follows. Connect the image"):
         cut(maps, refine=True)
+    with pytest.raises(ValueError, match="needs the image whose edges they follow. Connect the image"):
+        ConceptSegmentation.execute(maps, unassigned_below=0.0, opacity=0.6, legend=True, refine=True)
 
 
 def test_an_image_that_does_not_belong_to_the_maps_is_an_error():
