@@ -18,6 +18,7 @@ from concept_attention import comfy_entrypoint
 LOCALES = comfyui.ROOT / "locales"
 DOCS = comfyui.ROOT / "web" / "docs"
 FRONT_END = (comfyui.ROOT / "web" / "concept_attention.js").read_text("utf-8")
+VIEWER_TEXTS = (comfyui.ROOT / "web" / "texts.mjs").read_text("utf-8")
 
 TRANSLATIONS = ("ko", "zh", "ja")
 LANGUAGES = ("en", *TRANSLATIONS)
@@ -90,6 +91,7 @@ def test_english_says_what_the_front_end_says():
     assert read("en", "main") == {
         "nodeCategories": {node["category"]: node["category"] for node in NODES.values()},
         "settingsCategories": {group: group for group in groups},
+        "conceptViewer": dict(re.findall(r'^  (\w+): "(.*)",$', VIEWER_TEXTS, re.MULTILINE)),
     }
 
 
@@ -107,6 +109,14 @@ def test_no_text_is_empty_or_has_signs_that_mean_something_to_the_front_end(lang
         for key, text in flat(read(language, file)).items():
             assert text.strip() == text != "", key
             assert not re.search(r"[{}@|]", text), f"{key} in {language} has vue-i18n's syntax: {text}"
+
+
+@pytest.mark.parametrize("language", TRANSLATIONS)
+def test_a_translation_of_the_viewer_says_numbers_and_names_where_english_does(language):
+    english, translated = (read(other, "main")["conceptViewer"] for other in ("en", language))
+    assert sum("%s" in text for text in english.values()) > 2
+    for key, text in english.items():
+        assert translated[key].count("%s") == text.count("%s"), key
 
 
 @pytest.mark.parametrize("language", TRANSLATIONS)

@@ -9,6 +9,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { Panel } from "./panel.mjs";
+import { texts } from "./texts.mjs";
 
 const LIVE_PREVIEW = "ConceptAttention.LivePreview";
 const VIEWER = "ConceptViewer";
@@ -185,6 +186,14 @@ function tell() {
   api.fetchApi("/concept_attention/live", { method: "POST", body });
 }
 
+/** Take the viewer's texts in the front end's language, where there are any. */
+async function translate() {
+  const language = `${app.extensionManager.setting.get("Comfy.Locale")}`;
+  if (language === "en") return;
+  const response = await api.fetchApi("/i18n");
+  if (response.ok) Object.assign(texts, (await response.json())[language]?.conceptViewer);
+}
+
 app.registerExtension({
   name: "ConceptAttention",
   settings: [
@@ -206,7 +215,7 @@ app.registerExtension({
     const href = new URL("./concept_viewer.css", import.meta.url).href;
     document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href }));
   },
-  setup() {
+  async setup() {
     wantsLive = app.extensionManager.setting.get(LIVE_PREVIEW) !== false;
     // The first status brings the client's id; a server that was restarted has forgotten it.
     api.addEventListener("status", tell);
@@ -231,6 +240,7 @@ app.registerExtension({
         live.clear();
       });
     }
+    await translate();
   },
   nodeCreated(node) {
     if (node.comfyClass === VIEWER) addViewer(node);

@@ -26,6 +26,8 @@
  * @property {(key: string, image: number, frames: string) => Promise<Response>} frames
  */
 
+import { texts } from "./texts.mjs";
+
 /** Frames of quantised maps. */
 export class Frames {
   /** @param {ArrayBuffer} packet @param {number} size values per frame */
@@ -114,7 +116,7 @@ export class RecordedMaps {
     const response = await (name === "chosen"
       ? load.file(view.images[image].maps)
       : load.frames(view.key, image, name));
-    if (!response.ok) throw new Error("ComfyUI no longer has these maps. Queue again to see them.");
+    if (!response.ok) throw new Error(texts.gone);
     return unpack(await response.blob(), this.size);
   }
 }

@@ -24,6 +24,7 @@ import { RecordedMaps, chosenEvaluations, same, unpack } from "./maps.mjs";
 import { Field, MAGMA_GRADIENT, blend, heatmap } from "./paint.mjs";
 import { Strip } from "./strip.mjs";
 import { make } from "./dom.mjs";
+import { fill, texts } from "./texts.mjs";
 
 /** The most pixels along a side that are drawn on screen; copying takes the picture's own size. */
 const LARGEST = 1536;
@@ -72,20 +73,20 @@ export class Panel {
     this.canvas = make("canvas", {
       tabIndex: 0,
       role: "img",
-      ariaLabel: "Picture with concept maps. The arrow keys move from patch to patch.",
+      ariaLabel: texts.picture,
     });
     this.patch = make("div", { className: "patch", hidden: true });
     this.card = make("div", { className: "card", hidden: true });
-    this.notice = make("div", { className: "notice", textContent: "Queue to see the concept maps." });
+    this.notice = make("div", { className: "notice", textContent: texts.queue });
     this.frame = make("div", { className: "frame" }, this.canvas, this.patch);
     this.stage = make("div", { className: "stage" }, this.frame, this.notice, this.card);
-    this.chips = make("div", { className: "chips", role: "group", ariaLabel: "Concepts" });
-    this.opacity = slider("Opacity", settings.opacity);
-    this.threshold = slider("Threshold", settings.threshold);
-    this.layers = new Strip("Layers", (indexes) => this.#choose({ layers: indexes }));
-    this.steps = new Strip("Steps", (indexes) => this.#choose({ steps: indexes }));
-    this.previous = make("button", { type: "button", textContent: "‹", ariaLabel: "Previous image" });
-    this.next = make("button", { type: "button", textContent: "›", ariaLabel: "Next image" });
+    this.chips = make("div", { className: "chips", role: "group", ariaLabel: texts.concepts });
+    this.opacity = slider(texts.opacity, settings.opacity);
+    this.threshold = slider(texts.threshold, settings.threshold);
+    this.layers = new Strip(texts.layers, (indexes) => this.#choose({ layers: indexes }));
+    this.steps = new Strip(texts.steps, (indexes) => this.#choose({ steps: indexes }));
+    this.previous = make("button", { type: "button", textContent: "‹", ariaLabel: texts.previous });
+    this.next = make("button", { type: "button", textContent: "›", ariaLabel: texts.next });
     this.page = make("span");
     this.pager = make("span", { className: "pager", hidden: true }, this.previous, this.page, this.next);
     this.low = make("span");
@@ -96,11 +97,11 @@ export class Panel {
     this.status = make("span", { className: "status", role: "status" });
     this.reset = make("button", {
       type: "button",
-      textContent: "Reset",
-      title: "Back to the layers and steps of Concept Saliency",
+      textContent: texts.reset,
+      title: texts.resetHint,
       hidden: true,
     });
-    this.copy = make("button", { type: "button", textContent: "Copy", title: "Copy the picture as shown" });
+    this.copy = make("button", { type: "button", textContent: texts.copy, title: texts.copyHint });
     this.element = make(
       "div",
       { className: "concept-viewer" },
@@ -180,7 +181,7 @@ export class Panel {
     this.#live = true;
     this.#picture = picture;
     this.#setScene({ concepts, colours, shown, grid, coverage, values });
-    this.status.textContent = `Sampling, ${live.evaluations} so far`;
+    this.status.textContent = fill(texts.sampling, live.evaluations);
     this.#end(request);
   }
 
@@ -259,7 +260,7 @@ export class Panel {
     }
     this.#update();
     const request = this.#begin();
-    const waiting = setTimeout(() => (this.status.textContent = "Loading…"), 150);
+    const waiting = setTimeout(() => (this.status.textContent = texts.loading), 150);
     try {
       const values = await /** @type {RecordedMaps} */ (this.#recorded).mean(this.#layers, this.#evaluations);
       if (request !== this.#request) return;
@@ -327,7 +328,7 @@ export class Panel {
     const key = JSON.stringify([concepts, colours, shown]);
     if (this.chips.dataset.key !== key) {
       this.chips.dataset.key = key;
-      const all = chip("All", null, () => this.#pick([]));
+      const all = chip(texts.all, null, () => this.#pick([]));
       this.chips.replaceChildren(
         all,
         ...concepts.map((concept, index) => {
@@ -340,7 +341,7 @@ export class Panel {
               this.#pick(picked.length === 1 && picked[0] === concept ? [] : [concept]);
             }
           });
-          button.title = `${concept}\nClick: this one. Ctrl or Shift click: add or take away.`;
+          button.title = `${concept}\n${texts.chip}`;
           button.classList.toggle("background", index >= shown);
           for (const type of ["pointerenter", "focus"]) button.addEventListener(type, () => this.#hover(index));
           for (const type of ["pointerleave", "blur"]) button.addEventListener(type, () => this.#hover(null));
@@ -520,7 +521,7 @@ export class Panel {
       }),
     );
     if (ranked.length > fitting) {
-      this.card.append(make("div", { className: "more", textContent: `${ranked.length - fitting} more below` }));
+      this.card.append(make("div", { className: "more", textContent: fill(texts.more, ranked.length - fitting) }));
     }
     this.#placeCard();
   }
@@ -562,17 +563,17 @@ export class Panel {
     this.#paint(canvas, Math.max(width, height) / 640);
     /** @type {Promise<Blob>} */
     const png = new Promise((resolve, reject) => {
-      canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("The picture is too large."))));
+      canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error(texts.tooLarge))));
     });
     try {
       await navigator.clipboard.write([new ClipboardItem({ "image/png": png })]);
-      this.status.textContent = "Copied";
+      this.status.textContent = texts.copied;
     } catch {
       // Browsers allow it on secure pages only, which a ComfyUI in the local network is not.
       const link = make("a", { href: URL.createObjectURL(await png), download: "concepts.png" });
       link.click();
       URL.revokeObjectURL(link.href);
-      this.status.textContent = "Saved as concepts.png";
+      this.status.textContent = fill(texts.saved, link.download);
     }
   }
 }

@@ -1,4 +1,5 @@
 import { make } from "./dom.mjs";
+import { fill, texts } from "./texts.mjs";
 
 /** A row of cells, one for each layer or step, of which the user picks a range. */
 export class Strip {
@@ -14,7 +15,7 @@ export class Strip {
     this.onChange = onChange;
     this.label = make("output");
     this.cells = make("div", { className: "cells", role: "slider", tabIndex: 0, ariaLabel: name });
-    this.cells.title = "Drag over a range. Arrow keys move it, with Shift they grow it; A takes all.";
+    this.cells.title = texts.strip;
     this.element = make(
       "div",
       { className: "row strip" },
@@ -44,7 +45,7 @@ export class Strip {
       this.cells.children[index].classList.toggle("selected", isSelected(number));
     });
     const all = this.#selected.length === numbers.length;
-    this.label.textContent = all ? `all ${numbers.length}` : ranges(this.#selected.map((i) => numbers[i]));
+    this.label.textContent = all ? fill(texts.allOf, numbers.length) : ranges(this.#selected.map((i) => numbers[i]));
     this.cells.ariaValueMin = `${numbers[0]}`;
     this.cells.ariaValueMax = `${numbers[numbers.length - 1]}`;
     this.cells.ariaValueNow = `${numbers[this.#selected[0]]}`;

@@ -242,6 +242,20 @@ def test_the_keyboard_moves_over_the_patches(viewer, recording):
     assert strip.get_attribute("aria-valuetext") == "Layers all 19"
 
 
+def test_the_panel_speaks_the_language_of_the_front_end(viewer, server):
+    server.post("/settings/Comfy.Locale", "ko")
+    try:
+        viewer.open()
+        viewer.load()
+        viewer.run()
+        assert viewer.panel.locator(".chip").first.text_content() == "전체"
+        assert viewer.panel.get_by_role("slider", name="임계값").count() == 1
+        assert viewer.panel.get_by_label("레이어").get_attribute("aria-valuetext") == "레이어 15–18"
+    finally:
+        server.post("/settings/Comfy.Locale", "en")
+        viewer.open()
+
+
 def test_names_are_text(viewer):
     assert viewer.chip("<img src=x onerror=alert(1)>").count() == 1
     viewer.point(5, 5)

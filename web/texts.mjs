@@ -1,0 +1,35 @@
+/**
+ * The texts of Concept Viewer, in English; locales/<language>/main.json has the others under the same keys.
+ * %s stands for a number or a name.
+ */
+export const texts = {
+  picture: "Picture with concept maps. The arrow keys move from patch to patch.",
+  queue: "Queue to see the concept maps.",
+  concepts: "Concepts",
+  all: "All",
+  chip: "Click: this one. Ctrl or Shift click: add or take away.",
+  opacity: "Opacity",
+  threshold: "Threshold",
+  layers: "Layers",
+  steps: "Steps",
+  allOf: "all %s",
+  strip: "Drag over a range. Arrow keys move it, with Shift they grow it; A takes all.",
+  previous: "Previous image",
+  next: "Next image",
+  reset: "Reset",
+  resetHint: "Back to the layers and steps of Concept Saliency",
+  copy: "Copy",
+  copyHint: "Copy the picture as shown",
+  copied: "Copied",
+  saved: "Saved as %s",
+  tooLarge: "The picture is too large.",
+  sampling: "Sampling, %s so far",
+  loading: "Loading…",
+  more: "%s more below",
+  gone: "ComfyUI no longer has these maps. Queue again to see them.",
+};
+
+/** @param {string} text @param {string | number} value */
+export function fill(text, value) {
+  return text.replace("%s", `${value}`);
+}
