@@ -62,15 +62,13 @@ def run(args: argparse.Namespace) -> None:
         content = workflow.swap(json.loads(WORKFLOW.read_text("utf-8")))
         graph = workflow.to_api(content, server.get("/object_info"))
         fill_in(graph, args.prompt, args.concepts, repainted, args.into, args.seed)
-        plain = {"concept": "", "fill_holes": False, "grow": 0, "feather": 0}
-        options = workflow.inputs(graph, "Concept Mask") | plain
-        every = workflow.add(graph, "Mask of every concept", "ConceptMask", **options)
-        workflow.add(graph, "Masks", "MaskPreview", mask=[every, 0])
+        add_every_concept(graph)
 
         with timed("picture painted"):
             (picture,) = images(server, graph, "Picture")
         with timed("heatmaps and masks made"):
             heatmaps = images(server, graph, "Heatmaps")
+            overlays = images(server, graph, "Overlays")
             masks = images(server, graph, "Masks")
             (mask,) = images(server, graph, "Mask")
         with timed(f"{repainted} repainted"):
@@ -78,8 +76,8 @@ def run(args: argparse.Namespace) -> None:
 
     with timed("files written"):
         rows = []
-        for name, file_name, heatmap, own_mask in zip(names, file_names(names), heatmaps, masks, strict=True):
-            overlay = Image.blend(picture, heatmap, 0.6)
+        shown = zip(names, file_names(names), heatmaps, overlays, masks, strict=True)
+        for name, file_name, heatmap, overlay, own_mask in shown:
             heatmap.save(args.out / f"heatmap_{file_name}.png")
             overlay.save(args.out / f"overlay_{file_name}.png")
             own_mask.save(args.out / f"mask_{file_name}.png")
@@ -100,6 +98,19 @@ def fill_in(graph: workflow.Graph, prompt: str, concepts: str, repainted: str, i
     workflow.inputs(graph, "Repaint prompt")["text"] = new_prompt if count else f"{into}, {prompt}"
     for sampler in ("KSampler", "KSampler (repaint)"):
         workflow.inputs(graph, sampler)["seed"] = seed
+
+
+def add_every_concept(graph: workflow.Graph) -> None:
+    """Overlay and mask of every concept, where the example has one mask that is wide enough to repaint in."""
+    image = workflow.inputs(graph, "Picture")["images"]
+    mask = workflow.inputs(graph, "Concept Mask") | {"image": image, "refine": True}
+    mask |= {"concept": "", "fill_holes": False, "grow": 0, "feather": 0}
+    every = workflow.add(graph, "Mask of every concept", "ConceptMask", **mask)
+    workflow.add(graph, "Masks", "MaskPreview", mask=[every, 0])
+    overlay = {"concept": "", "colour_map": "magma", "opacity": 0.6, "scale": "all concepts"}
+    overlay |= {"maps": mask["maps"], "image": image, "contour": 0.5, "name": False}
+    every = workflow.add(graph, "Overlay of every concept", "ConceptOverlay", **overlay)
+    workflow.add(graph, "Overlays", "PreviewImage", images=[every, 0])
 
 
 def images(server: comfyui.Server, graph: workflow.Graph, title: str) -> list[Image.Image]:
@@ -150,7 +161,7 @@ def contact_sheet(
         for i, text in enumerate(texts):
             draw.text((left + i * (cell + gap), y + caption / 2), text, dim, small, anchor="lm")
 
-    captions(top, "picture", "heatmap", "overlay", "mask (argmax)")
+    captions(top, "picture", "heatmap", "overlay", "mask (argmax, refined)")
     y = top + caption
     for name, pictures in rows:
         row(y, name, pictures)
