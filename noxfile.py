@@ -51,7 +51,7 @@ def _install(session: nox.Session, python: Path, path: Path) -> None:
     lock = (ROOT / "package-lock.json").read_text()
     state = hashlib.sha256(repr((comfyui.TORCH, own, requirements.read_text(), lock)).encode()).hexdigest()
     stamp = ENVIRONMENT / "installed"
-    if stamp.exists() and stamp.read_text() == state:
+    if stamp.exists() and stamp.read_text() == state and (ROOT / "node_modules").exists():
         return
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     session.run(*pip, *comfyui.TORCH, "-r", str(requirements), *own, external=True)
