@@ -196,6 +196,11 @@ def segment(
     return torch.stack(labels)
 
 
+def label_masks(labels: Tensor, count: int) -> Tensor:
+    """Masks (B, N, H, W) float32, each pixel 0 or 1, of the first ``count`` labels of ``segment``."""
+    return (labels[:, None] == torch.arange(count)[:, None, None]).float()
+
+
 def _at_images(maps: ConceptMaps, size: tuple[int, int] | None, guide: Tensor | None) -> Iterator[Tensor]:
     """The maps (K, H, W) of one image after the other: enlarged, or refined."""
     if guide is None:

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import logging
-
 from comfy_api.latest import io
 
-from ..core.architectures import family_of
-from ..core.concepts import POOLINGS, encode_concepts, parse_concepts, split_names
 from ..core.observe import observe
-from ..core.recording import parse_layers
 from .browser import live_maps
+from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
 from .types import CATEGORY
 
 
@@ -47,39 +43,15 @@ class ConceptAttention(io.ComfyNode):
                         "prompt. Name all that fills the picture: concepts compete for every patch."
                     ),
                 ),
-                io.String.Input(
-                    "background",
-                    default="background",
-                    dynamic_prompts=False,
-                    tooltip="Concepts that compete as well, but get no map of their own.",
-                ),
-                io.Combo.Input(
-                    "token_pooling",
-                    options=list(POOLINGS),
-                    advanced=True,
-                    tooltip=(
-                        "How a concept of several tokens becomes one. The paper's reference takes the "
-                        'first token, which for "hot air balloon" is "hot".'
-                    ),
-                ),
+                background_input(),
+                token_pooling_input(),
                 io.String.Input(
                     "record_layers",
                     default="all",
                     advanced=True,
                     tooltip='Double-stream blocks to record: "all", "default", or numbers as in "0, 15-18".',
                 ),
-                io.Boolean.Input(
-                    "record_cross_attention",
-                    default=False,
-                    advanced=True,
-                    tooltip="Also record the space of queries, to compare with the output space.",
-                ),
-                io.Boolean.Input(
-                    "record_value",
-                    default=False,
-                    advanced=True,
-                    tooltip="Also record the space of values, to compare with the output space.",
-                ),
+                *space_inputs(),
                 io.Int.Input(
                     "record_every",
                     default=1,
@@ -111,24 +83,24 @@ class ConceptAttention(io.ComfyNode):
         record_value: bool,
         record_every: int = 1,
     ) -> io.NodeOutput:
-        diffusion_model = model.get_model_object("diffusion_model")
-        family = family_of(diffusion_model)
-        parsed = parse_concepts(concepts, background)
-        if parsed.background != split_names(background):
-            logging.info("Concept Attention: competing as background: %s", ", ".join(parsed.background))
-        layers = parse_layers(
+        recorded = what_to_record(
+            model,
+            clip,
+            concepts,
+            background,
+            token_pooling,
             record_layers,
-            available=range(family.depth(diffusion_model)),
-            default=family.default_layers(diffusion_model),
+            record_cross_attention,
+            record_value,
         )
-        spaces = ["output"]
-        if record_cross_attention:
-            spaces.append("cross-attention")
-        if record_value:
-            spaces.append("value")
-        tokens = encode_concepts(clip, parsed.all, token_pooling, family.token_width(diffusion_model))
         listener = live_maps(cls.hidden.unique_id) if cls.hidden else None
         observed = observe(
-            model, parsed, tokens, layers=layers, spaces=spaces, listener=listener, every=record_every
+            model,
+            recorded.concepts,
+            recorded.tokens,
+            layers=recorded.layers,
+            spaces=recorded.spaces,
+            listener=listener,
+            every=record_every,
         )
         return io.NodeOutput(observed)

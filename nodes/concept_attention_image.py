@@ -3,8 +3,6 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..core.architectures import family_of
-from ..core.concepts import POOLINGS, encode_concepts, parse_concepts
 from ..core.image import (
     AVERAGES,
     LEVEL,
@@ -14,7 +12,8 @@ from ..core.image import (
     patch_pixels,
     step_levels,
 )
-from ..core.recording import parse_layers, remember
+from ..core.recording import remember
+from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
 from .types import CATEGORY
 
 
@@ -55,12 +54,7 @@ class ConceptAttentionImage(io.ComfyNode):
                         "picture: concepts compete for every patch."
                     ),
                 ),
-                io.String.Input(
-                    "background",
-                    default="background",
-                    dynamic_prompts=False,
-                    tooltip="Concepts that compete as well, but get no map of their own.",
-                ),
+                background_input(),
                 io.String.Input(
                     "prompt",
                     default="",
@@ -121,15 +115,7 @@ class ConceptAttentionImage(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Of the noise.",
                 ),
-                io.Combo.Input(
-                    "token_pooling",
-                    options=list(POOLINGS),
-                    advanced=True,
-                    tooltip=(
-                        "How a concept of several tokens becomes one. The paper's reference takes the "
-                        'first token, which for "hot air balloon" is "hot".'
-                    ),
-                ),
+                token_pooling_input(),
                 io.String.Input(
                     "record_layers",
                     default="default",
@@ -139,18 +125,7 @@ class ConceptAttentionImage(io.ComfyNode):
                         '"0, 15-18". The model stops after the last of them.'
                     ),
                 ),
-                io.Boolean.Input(
-                    "record_cross_attention",
-                    default=False,
-                    advanced=True,
-                    tooltip="Also record the space of queries, to compare with the output space.",
-                ),
-                io.Boolean.Input(
-                    "record_value",
-                    default=False,
-                    advanced=True,
-                    tooltip="Also record the space of values, to compare with the output space.",
-                ),
+                *space_inputs(),
                 io.Combo.Input(
                     "average",
                     options=list(AVERAGES),
@@ -199,40 +174,36 @@ class ConceptAttentionImage(io.ComfyNode):
         guidance: float,
         pooled_prompt: bool,
     ) -> io.NodeOutput:
-        diffusion_model = model.get_model_object("diffusion_model")
-        family = family_of(diffusion_model)
-        parsed = parse_concepts(concepts, background)
-        layers = parse_layers(
+        recorded = what_to_record(
+            model,
+            clip,
+            concepts,
+            background,
+            token_pooling,
             record_layers,
-            available=range(family.depth(diffusion_model)),
-            default=family.default_layers(diffusion_model),
+            record_cross_attention,
+            record_value,
         )
-        spaces = ["output"]
-        if record_cross_attention:
-            spaces.append("cross-attention")
-        if record_value:
-            spaces.append("value")
         if noise["noise"] == "step":
             levels = step_levels(model, noise["steps"], noise["of"])
         else:
             levels = parse_levels(noise["levels"])
-        tokens = encode_concepts(clip, parsed.all, token_pooling, family.token_width(diffusion_model))
         conditioning = clip.encode_from_tokens_scheduled(
             clip.tokenize(prompt), add_dict={"guidance": guidance}
         )
         latent = encode_images(vae, image, patch_pixels(model))
         recording = observe_image(
             model,
-            parsed,
-            tokens,
+            recorded.concepts,
+            recorded.tokens,
             latent,
             conditioning,
             image_size=tuple(image.shape[1:3]),
             levels=levels,
             samples=samples,
             seed=seed,
-            layers=layers,
-            spaces=spaces,
+            layers=recorded.layers,
+            spaces=recorded.spaces,
             pooled_prompt=pooled_prompt,
             average=average,
         )

@@ -5,7 +5,7 @@ import logging
 import torch
 from comfy_api.latest import io
 
-from ..core.masks import segment
+from ..core.masks import label_masks, segment
 from ..core.render import images_of, segmentation_images
 from .types import CATEGORY, ConceptMapsType
 
@@ -74,7 +74,7 @@ class ConceptSegmentation(io.ComfyNode):
             guide = image if refine else None
             labels = segment(maps, tuple(image.shape[1:3]), unassigned_below, guide)
             labels = labels.expand(len(image), -1, -1)
-        masks = torch.stack([(labels == index).float() for index in range(len(names))], 1)
+        masks = label_masks(labels, len(names))
         for name, found in zip(names, masks.any(3).any(2).any(0), strict=True):
             if not found:
                 logging.warning('Concept Segmentation found no "%s": its masks are empty.', name)

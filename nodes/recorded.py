@@ -1,0 +1,89 @@
+"""What both nodes that record ask for: widgets, and what is made of them."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..core.architectures import family_of
+from ..core.concepts import POOLINGS, Concepts, encode_concepts, parse_concepts, split_names
+from ..core.recording import parse_layers
+
+
+def background_input() -> io.String.Input:
+    return io.String.Input(
+        "background",
+        default="background",
+        dynamic_prompts=False,
+        tooltip="Concepts that compete as well, but get no map of their own.",
+    )
+
+
+def token_pooling_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "token_pooling",
+        options=list(POOLINGS),
+        advanced=True,
+        tooltip=(
+            "How a concept of several tokens becomes one. The paper's reference takes the "
+            'first token, which for "hot air balloon" is "hot".'
+        ),
+    )
+
+
+def space_inputs() -> list[io.Boolean.Input]:
+    return [
+        io.Boolean.Input(
+            "record_cross_attention",
+            default=False,
+            advanced=True,
+            tooltip="Also record the space of queries, to compare with the output space.",
+        ),
+        io.Boolean.Input(
+            "record_value",
+            default=False,
+            advanced=True,
+            tooltip="Also record the space of values, to compare with the output space.",
+        ),
+    ]
+
+
+class Recorded(NamedTuple):
+    """What is to be recorded: see ``core.observe.observe``."""
+
+    concepts: Concepts
+    tokens: Tensor
+    layers: tuple[int, ...]
+    spaces: list[str]
+
+
+def what_to_record(
+    model: io.Model.Type,
+    clip: io.Clip.Type,
+    concepts: str,
+    background: str,
+    token_pooling: str,
+    record_layers: str,
+    record_cross_attention: bool,
+    record_value: bool,
+) -> Recorded:
+    """
+    Raises:
+        ValueError: the model is of no supported family, the CLIP is not Flux's, or a text cannot be read.
+    """
+    diffusion_model = model.get_model_object("diffusion_model")
+    family = family_of(diffusion_model)
+    parsed = parse_concepts(concepts, background)
+    if parsed.background != split_names(background):
+        logging.info("Concept Attention: competing as background: %s", ", ".join(parsed.background))
+    layers = parse_layers(
+        record_layers,
+        available=range(family.depth(diffusion_model)),
+        default=family.default_layers(diffusion_model),
+    )
+    wanted = {"output": True, "cross-attention": record_cross_attention, "value": record_value}
+    tokens = encode_concepts(clip, parsed.all, token_pooling, family.token_width(diffusion_model))
+    return Recorded(parsed, tokens, layers, [space for space, on in wanted.items() if on])
