@@ -15,6 +15,7 @@ import comfyui as comfyui_setup
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.maps import heatmaps
 from concept_attention.core.recording import Recording
+from front_end import READY, RUN
 
 HERE = Path(__file__).parent
 ROWS, COLUMNS, BATCH = 64, 64, 2
@@ -52,9 +53,7 @@ class Viewer:
 
     def open(self) -> None:
         self.page.goto(self.url, wait_until="domcontentloaded")
-        self.page.wait_for_function(
-            "window.app?.extensionManager && !!window.LiteGraph?.registered_node_types.ConceptViewer"
-        )
+        self.page.wait_for_function(READY)
 
     @staticmethod
     def graph() -> dict:
@@ -86,22 +85,8 @@ class Viewer:
         )
         self.page.wait_for_timeout(500)
 
-    def queue(self) -> str:
-        return self.page.evaluate(
-            """async () => {
-                const { api } = await import("/scripts/api.js");
-                const end = new Promise((resolve) => {
-                    for (const type of ["execution_success", "execution_error"]) {
-                        api.addEventListener(type, (e) => resolve(`${type} ${JSON.stringify(e.detail)}`));
-                    }
-                });
-                await app.queuePrompt(0, 1);
-                return await end;
-            }"""
-        )
-
     def run(self) -> None:
-        assert self.queue().startswith("execution_success")
+        assert self.page.evaluate(RUN).startswith("execution_success")
         self.settle()
 
     @property

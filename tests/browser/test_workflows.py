@@ -15,6 +15,7 @@ import pytest
 
 import comfyui as comfyui_setup
 import workflow
+from front_end import READY, RUN
 from scenes import save_example
 
 PATHS = sorted((comfyui_setup.ROOT / "example_workflows").glob("*.json"))
@@ -44,16 +45,6 @@ FIT = """() => {
     app.canvas.ds.offset = [80 / scale - left, 100 / scale - top];
     app.canvas.setDirty(true, true);
 }"""
-RUN = """async () => {
-    const { api } = await import("/scripts/api.js");
-    const end = new Promise((resolve) => {
-        for (const type of ["execution_success", "execution_error"]) {
-            api.addEventListener(type, (e) => resolve(`${type} ${JSON.stringify(e.detail)}`));
-        }
-    });
-    await app.queuePrompt(0, 1);
-    return await end;
-}"""
 
 
 class Page:
@@ -61,9 +52,7 @@ class Page:
         self.page, self.nodes_2, self.complaints = page, nodes_2, complaints
         page.set_default_timeout(120_000)
         page.goto(url, wait_until="domcontentloaded")
-        page.wait_for_function(
-            "window.app?.extensionManager && !!window.LiteGraph?.registered_node_types.ConceptViewer"
-        )
+        page.wait_for_function(READY)
 
     def load(self, content: dict) -> None:
         self.page.evaluate("(content) => app.loadGraphData(content)", content)
