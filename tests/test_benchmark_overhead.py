@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from test_golden import FILES, TOLERANCE, relative
 
 import comfyui
+import concept_attention.core.stream
 from concept_attention.core.architectures import flux1
 from concept_attention.core.stream import ConceptStream
 from tiny_flux import Golden, load_golden
@@ -22,6 +24,7 @@ sys.path.insert(0, str(FOLDER))
 from accounting import Account, account  # noqa: E402
 from second_attention import SecondAttention, follow  # noqa: E402
 from setting import FLUX_DEV, TINY, Scene  # noqa: E402
+from side_stream import SideStream  # noqa: E402
 
 AT_1024 = Scene(FLUX_DEV, 1024, 1024)
 
@@ -49,6 +52,74 @@ def test_the_yardstick_computes_what_the_reference_does(golden):
         for layer, scores in enumerate(stream.output_scores()):
             expected = golden[f"expected.step{step}.layer{layer}.concept_scores"]
             assert relative(scores, expected) <= TOLERANCE
+
+
+class Streams:
+    """CUDA's streams, as far as their order goes: what is done on which, and what waits for what."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.log: list[str] = []
+        self.current = "model's"
+        streams = self
+
+        class Stream:
+            def __init__(self, name: str = "side") -> None:
+                self.name = name
+
+            def wait_stream(self, other: Stream) -> None:
+                streams.log.append(f"{self.name} waits for {other.name}")
+
+        @contextlib.contextmanager
+        def on(stream: Stream):
+            before, self.current = self.current, stream.name
+            yield
+            self.current = before
+
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(self.current))
+        monkeypatch.setattr(torch.cuda, "stream", on)
+
+    def watch(self, monkeypatch, owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def logged(*args, **kwargs):
+            self.log.append(f"{name} on {self.current}")
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, logged)
+
+
+def test_the_stream_beside_the_model_computes_the_same_in_an_order_that_is_safe(golden, monkeypatch):
+    streams = Streams(monkeypatch)
+    for owner, name in (
+        (flux1._TextBlock, "qkv"),
+        (flux1._TextBlock, "update"),
+        (concept_attention.core.stream, "_dot_products"),
+    ):
+        streams.watch(monkeypatch, owner, name)
+    model = golden.model().model.diffusion_model
+    depth = flux1.depth(model)
+    t, guidance = golden["inputs.timesteps"][0], golden.tensors.get("inputs.guidance")
+    text = flux1.TextStream(model, t, guidance, torch.float32)
+    stream = SideStream(text, golden["inputs.concepts"][0], range(depth))
+    model(
+        golden["inputs.latents"][0],
+        t,
+        golden["inputs.context"],
+        y=golden["inputs.y"],
+        guidance=guidance,
+        transformer_options={"patches": follow(stream, flux1.rotate)},
+    )
+    for layer, scores in enumerate(stream.scores["output"]):
+        assert relative(scores, golden[f"expected.step0.layer{layer}.concept_scores"]) <= TOLERANCE
+    block = [
+        "side waits for model's",
+        "qkv on side",
+        "model's waits for side",
+        "_dot_products on model's",
+        "update on side",
+    ]
+    assert streams.log == (block * depth)[:-1]  # the last block has no update
 
 
 def extra(concepts: int, scene: Scene = AT_1024, kind=ConceptStream, layers=range(19)) -> Account:
@@ -88,7 +159,7 @@ def test_hardly_any_arithmetic_is_added(five_concepts):
 
 def test_the_script_runs_from_the_first_section_to_the_last(tmp_path):
     command = [sys.executable, FOLDER / "run.py", "--tiny", "--rounds", "2", "--out", tmp_path]
-    command += ["--sections", "step,trace,recording,reading"]
+    command += ["--sections", "step,trace,recording,reading,rows"]
     environment = {**os.environ, "COMFYUI_PATH": str(comfyui.find()), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -98,3 +169,4 @@ def test_the_script_runs_from_the_first_section_to_the_last(tmp_path):
     assert rows["without"]["time, ratio"] == 1
     assert {row["bytes per score"] for row in found["recording"]} == {4}
     assert TINY.depth == found["recording"][0]["layers"]
+    assert {row["layer"] for row in found["rows"]} == {"qkv", "proj", "mlp.0", "mlp.2"}

@@ -13,6 +13,7 @@ neighbours. ComfyUI is found as for the tests (``COMFYUI_PATH``).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import random
@@ -135,8 +136,14 @@ class Bench:
 def step(bench: Bench) -> list[dict]:
     """Time and peak memory of an evaluation, against one without the plugin and the reference's algorithm."""
     from second_attention import SecondAttention
+    from side_stream import SideStream
 
     import concept_attention.core.observe as observe_module
+    from concept_attention.core.recording import recording_of
+
+    def scores(model, scene: Scene) -> torch.Tensor:
+        _, samples = evaluate(model, scene)
+        return torch.stack(recording_of({"samples": samples}).scores["output"])
 
     rows = []
     observe = partial(observed, bench.model, bench.size)
@@ -147,6 +154,11 @@ def step(bench: Bench) -> list[dict]:
         models["K = 5, last 4 layers"] = observe(5, layers=bench.last_layers)
         with mock.patch.object(observe_module, "ConceptStream", SecondAttention):
             models["reference's algorithm, K = 5"] = observe(5)
+        if bench.cuda:
+            with mock.patch.object(observe_module, "ConceptStream", SideStream):
+                beside = models["K = 5, beside the model"] = observe(5)
+            difference = scores(beside, scene) - scores(models["K = 5"], scene)
+            print(f"{scene}: beside the model, scores differ by at most {difference.abs().max():.3g}")
         for name, found in bench.compare(scene, models).items():
             rows.append(
                 {"pixels": f"{scene.height} x {scene.width}", "batch": scene.batch, "": name, **found}
@@ -324,6 +336,29 @@ def reading(bench: Bench) -> list[dict]:
     return rows
 
 
+def rows(bench: Bench) -> list[dict]:
+    """In how many of 10 random cases a text layer gives the same bits for its rows when concepts' rows go
+    with them."""
+    dtype = torch.bfloat16 if bench.cuda else torch.float32
+    hidden, text = bench.size.hidden, bench.size.text_tokens
+    shapes = {"qkv": (1, 3), "proj": (1, 1), "mlp.0": (1, 4), "mlp.2": (4, 1)}
+    found = []
+    for (name, (fan_in, fan_out)), tokens in itertools.product(shapes.items(), (text, 2 * text)):
+        found.append({"layer": name, "text tokens": tokens})
+        for k in CONCEPTS:
+            same = 0
+            for seed in range(10):
+                g = torch.Generator(bench.device).manual_seed(seed)
+                draw = partial(torch.randn, generator=g, device=bench.device, dtype=dtype)
+                weight = draw(fan_out * hidden, fan_in * hidden)
+                bias = draw(fan_out * hidden)
+                x = draw(1, tokens + k, fan_in * hidden)
+                layer = partial(torch.nn.functional.linear, weight=weight, bias=bias)
+                same += torch.equal(layer(x)[:, :tokens], layer(x[:, :tokens].contiguous()))
+            found[-1][f"K = {k}"] = same
+    return found
+
+
 def compiled(bench: Bench) -> list[dict]:
     """Four evaluations with ComfyUI's node for torch.compile, against four without."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
@@ -382,6 +417,7 @@ SECTIONS = {
     "trace": trace,
     "recording": recording,
     "reading": reading,
+    "rows": rows,
     "compiled": compiled,
     "image": image,
 }

@@ -3,13 +3,13 @@ evaluation of a model through ComfyUI's own sampling, timed."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(flags: Sequence[str] = ()) -> None:
-    """Imports ComfyUI, started with these flags, and the way ComfyUI does this plugin, under the name
-    ``concept_attention``."""
+    """Makes ComfyUI, started with these flags, importable, and this plugin as ``concept_attention``. Its nodes
+    are not imported: they need more packages than the models do."""
     if "concept_attention" in sys.modules:
         return
     sys.path.insert(0, str(ROOT / "demo"))
@@ -45,10 +45,9 @@ def load(flags: Sequence[str] = ()) -> None:
 
     sys.argv = argv
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    spec = importlib.util.spec_from_file_location("concept_attention", ROOT / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["concept_attention"] = module
-    spec.loader.exec_module(module)
+    package = ModuleType("concept_attention")
+    package.__path__ = [str(ROOT)]
+    sys.modules["concept_attention"] = package
 
 
 @dataclass(frozen=True)
