@@ -56,9 +56,12 @@ class LiveMaps:
         if not scores:
             return
         for evaluation in scores:
-            so_far.total = so_far.total + evaluation[:, 0].softmax(1).mean(0)
+            maps = evaluation[:, 0].softmax(1).mean(0)
+            unseen = maps.isnan()
+            so_far.total = so_far.total + maps.masked_fill(unseen, 0)
+            so_far.seen = so_far.seen + ~unseen
             so_far.count += 1
-        values = so_far.total / so_far.count
+        values = so_far.total / so_far.seen.clamp_min(1)
         self._send(MapsSoFar(values, recorder.concepts, recorder.coverage, so_far.count))
         self._due = time.monotonic() + self._interval
 
@@ -66,5 +69,6 @@ class LiveMaps:
 @dataclass
 class _Sum:
     total: Tensor | float = 0.0
+    seen: Tensor | int = 0
     count: int = 0
     next: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ class ConceptMaps:
 
     Attributes:
         values: (B, K, h, w) float32 in 0..1, background concepts last. With a softmax they add up to 1 in
-            every patch; else they share one scale per image.
+            every patch; else they share one scale per image. All 0 where no positive prompt was at work.
         recording: what the maps were made from.
         space, layers, steps, softmax, temperature: what was chosen of it, see ``heatmaps``.
         grounding: one of ``GROUNDINGS``.
@@ -90,7 +90,8 @@ def heatmaps(
     temperature: float = 1.0,
 ) -> Tensor:
     """The paper's heatmaps (B, K, h, w) float32: softmax over the concepts of every patch, in each layer
-    and evaluation, then the mean over both (section 4.2; reference ``compute_heatmaps_from_vectors``).
+    and evaluation, then the mean over both (section 4.2; reference ``compute_heatmaps_from_vectors``). The
+    mean in a patch is over the evaluations in which a positive prompt was at work there; NaN if in none.
 
     Args:
         layers: the default layers of the model's family if None.
@@ -103,11 +104,21 @@ def heatmaps(
     """
     if not temperature > 0:
         raise ValueError(f"The temperature must be above 0, not {temperature}.")
-    total, count = 0, 0
-    for scores in recording.select(space, layers, steps):  # (L, B, K, h, w)
+
+    def of(scores: Tensor) -> Tensor:  # (L, B, K, h, w)
         scores = scores / temperature if temperature != 1 else scores
-        total = total + (scores.softmax(2) if softmax else scores).sum(0)
-        count += scores.shape[0]
+        return (scores.softmax(2) if softmax else scores).mean(0)
+
+    return mean_where_seen(of(scores) for scores in recording.select(space, layers, steps))
+
+
+def mean_where_seen(maps: Iterable[Tensor]) -> Tensor:
+    """The mean of maps of one shape, element by element over those that are not NaN; NaN if all are."""
+    total, count = 0, 0
+    for values in maps:
+        unseen = values.isnan()
+        total = total + values.masked_fill(unseen, 0)
+        count = count + ~unseen
     return total / count
 
 
@@ -141,13 +152,16 @@ def concept_maps(
     steps = tuple(sorted({step for step in recording.steps if steps is None or step in steps}))
     choice = {"space": space, "layers": layers, "steps": steps}
     values = heatmaps(recording, **choice, softmax=softmax, temperature=temperature)
+    unseen = values.isnan()
     if grounding == "anchor propagation":
-        scores = heatmaps(recording, **choice, softmax=False)
-        values = torch.stack([propagate_anchors(*image) for image in zip(values, scores, strict=True)])
+        scores = heatmaps(recording, **choice, softmax=False).nan_to_num(0)
+        maps = values.masked_fill(unseen, 1 / values.shape[1])
+        values = torch.stack([propagate_anchors(*image) for image in zip(maps, scores, strict=True)])
     if not softmax:
-        low = values.amin((1, 2, 3), keepdim=True)
-        high = values.amax((1, 2, 3), keepdim=True)
+        low = values.masked_fill(unseen, torch.inf).amin((1, 2, 3), keepdim=True)
+        high = values.masked_fill(unseen, -torch.inf).amax((1, 2, 3), keepdim=True)
         values = (values - low) / torch.where(high > low, high - low, 1.0)
+    values = values.masked_fill(unseen, 0)
     return ConceptMaps(
         values, recording, **choice, softmax=softmax, temperature=temperature, grounding=grounding
     )

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import get_area_and_mult
 from torch import Tensor
+from torch.nn import functional
 
 from .architectures import family_of
 from .concepts import Concepts
@@ -131,7 +133,7 @@ class _Observer:
         self._tokens = {tokens.device: tokens}
         self._budget = budget
         self._listener = listener
-        self._runs: weakref.WeakKeyDictionary[CFGGuider, Recorder] = weakref.WeakKeyDictionary()
+        self._runs: weakref.WeakKeyDictionary[CFGGuider, _Run] = weakref.WeakKeyDictionary()
 
     def tokens_on(self, device: torch.device) -> Tensor:
         """The concepts' tokens. They are copied once: copying from ordinary memory waits for the device."""
@@ -142,18 +144,18 @@ class _Observer:
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider: CFGGuider = executor.class_obj
         try:
-            self._runs[guider] = self._recorder(guider, noise, sigmas)
+            self._runs[guider] = _Run(self._recorder(guider, noise, sigmas), {})
         except Exception as error:
             recording = _reason(error)
         try:
             samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            recorder = self._runs.pop(guider, None)
+            run = self._runs.pop(guider, None)
         # Samplers move the result here next. Moved already, it stays the tensor that the LATENT holds.
         samples = samples.to(comfy.model_management.intermediate_device())
-        if recorder is not None:
+        if run is not None:
             try:
-                recording = recorder.finish()
+                recording = run.recorder.finish()
             except Exception as error:
                 recording = _reason(error)
         remember(samples, recording)
@@ -179,10 +181,10 @@ class _Observer:
         )
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
-        recorder = self._runs.get(executor.class_obj)
-        if recorder is None or recorder.failure is not None:
+        run = self._runs.get(executor.class_obj)
+        if run is None or run.recorder.failure is not None:
             return executor(x, timestep, model_options, seed)
-        evaluation = recorder.evaluation(timestep)
+        evaluation = run.recorder.evaluation(timestep)
         if not evaluation.armed:
             return executor(x, timestep, model_options, seed)
 
@@ -193,7 +195,7 @@ class _Observer:
         options = dict(model_options or {})
         options["transformer_options"] = {
             **options.get("transformer_options", {}),
-            KEY: (evaluation, _ConditioningChunks(executor.class_obj)),
+            KEY: (evaluation, _ConditioningChunks(executor.class_obj, x, run.weights)),
         }
         options["sampler_pre_cfg_function"] = [disarm, *options.get("sampler_pre_cfg_function", [])]
         try:
@@ -201,7 +203,7 @@ class _Observer:
                 out = executor(x, timestep, options, seed)
         finally:
             evaluation.armed = False
-        self._tell(recorder)
+        self._tell(run.recorder)
         return out
 
     def _tell(self, recorder: Recorder) -> None:
@@ -268,13 +270,23 @@ def _reason(error: Exception) -> str:
     return unrecorded(f"{type(error).__name__}: {error}")
 
 
+class _Run(NamedTuple):
+    """A sampling run, and the weights of its conditionings as far as they have been asked for."""
+
+    recorder: Recorder
+    weights: dict[object, Tensor | None]
+
+
 class _Chunk(NamedTuple):
     """One positive conditioning in a call of the model: its rows, the images that they are, and the area
-    (height, width, y, x) of the latent that the call was cut down to."""
+    (height, width, y, x) of the latent that the call was cut down to. ``weight`` and ``default`` are as in
+    ``Pass``, the weight's rows and columns those of the latent."""
 
     rows: slice
     batch: slice | list[int]
     area: tuple[int, ...] | None
+    weight: Tensor | None
+    default: bool
 
 
 class _ConditioningChunks:
@@ -285,8 +297,9 @@ class _ConditioningChunks:
     match a positive's area get the positive's id.
     """
 
-    def __init__(self, guider: CFGGuider) -> None:
-        self._areas = {c.get("uuid"): c.get("area") for c in guider.conds.get("positive") or []}
+    def __init__(self, guider: CFGGuider, x: Tensor, weights: dict[object, Tensor | None]) -> None:
+        self._x, self._weights = x, weights
+        self._positives = {c.get("uuid"): c for c in guider.conds.get("positive") or []}
         self._place = 2 if "middle" in guider.conds else 0
         self._others = {
             c.get("uuid") for name, conds in guider.conds.items() if name != "positive" for c in conds or []
@@ -308,16 +321,40 @@ class _ConditioningChunks:
             )
         chunks = []
         for i, (kind, uuid) in enumerate(zip(kinds, uuids, strict=True)):
-            if uuid in self._areas and uuid not in self._others:
+            if uuid in self._positives and uuid not in self._others:
                 positive = True
             else:
-                positive = kind == self._place and (uuid is None or uuid in self._areas)
+                positive = kind == self._place and (uuid is None or uuid in self._positives)
             # The same conditioning twice in one evaluation is a pass that a guidance method added.
             if not positive or (window is None and uuid is not None and uuid in evaluation.seen):
                 continue
             evaluation.seen.add(uuid)
-            chunks.append(_Chunk(slice(i * size, (i + 1) * size), batch, self._areas.get(uuid)))
+            conditioning = self._positives.get(uuid, {})
+            weight = self._weight(conditioning)
+            chunks.append(
+                _Chunk(
+                    slice(i * size, (i + 1) * size),
+                    batch,
+                    conditioning.get("area"),
+                    None if weight is None else weight[batch],
+                    "default" in conditioning,
+                )
+            )
         return chunks
+
+    def _weight(self, conditioning: dict) -> Tensor | None:
+        """How much the sampler makes of each pixel (B, 1, H, W) of what is predicted with a conditioning: its
+        strength, mask and area, by ComfyUI's own rule. The same in every evaluation."""
+        if conditioning.keys().isdisjoint(("area", "mask", "strength")):
+            return None
+        uuid = conditioning.get("uuid")
+        if uuid not in self._weights:
+            rule = ("area", "mask", "mask_strength", "strength")
+            given = {name: conditioning[name] for name in rule if name in conditioning}
+            pixels = self._x[:, :1]
+            found = get_area_and_mult({**given, "model_conds": {}, "uuid": uuid}, pixels, None)
+            self._weights[uuid] = found.mult.float().cpu()
+        return self._weights[uuid]
 
 
 class _Hooks:
@@ -400,9 +437,11 @@ class _Hooks:
             if chunk.area is not None:
                 half = len(chunk.area) // 2
                 origin = tuple(o // self._model.patch_size for o in chunk.area[half:][-2:])
-            self._evaluation.recorder.add(
-                self._evaluation, Pass(chunk.batch, origin, self._layers, scores, copied)
-            )
+            weight = chunk.weight
+            if weight is not None:
+                weight = functional.avg_pool2d(weight, self._model.patch_size, ceil_mode=True)
+            recorded = Pass(chunk.batch, origin, self._layers, scores, copied, weight, chunk.default)
+            self._evaluation.recorder.add(self._evaluation, recorded)
 
 
 def _image_tokens(extra_options: dict, grid: tuple[int, int]) -> slice:

@@ -45,7 +45,8 @@ class Recording:
         steps: the sampler's step that each evaluation belongs to: the last one that starts at its noise
             level or above. Samplers that evaluate the model twice have two evaluations for some steps. Of
             existing images: the number of its noise level, the noisiest first.
-        scores: for each space, E tensors (L, B, K, h, w) float32 on the CPU.
+        scores: for each space, E tensors (L, B, K, h, w) float32 on the CPU. NaN in patches where no positive
+            prompt was at work in that evaluation.
         image_size: height and width of the image in pixels.
         coverage: the share of the grid's height and width that the image covers; below 1 where the model
             padded an odd latent.
@@ -139,6 +140,8 @@ class Pass:
     """Scores of one call of the model for the images ``batch``, the top left patch at ``origin``.
 
     ``scores[space]`` is (L, B', K, h', w') on the CPU. With ``copied``, only once that event has happened.
+    ``weight`` (B', 1, h', w'), 1 if None, is how much the prompt counts in each patch beside others; with
+    ``default`` it counts where they leave something.
     """
 
     batch: slice | list[int]
@@ -146,13 +149,15 @@ class Pass:
     layers: tuple[int, ...]
     scores: dict[str, Tensor]
     copied: torch.cuda.Event | None = None
+    weight: Tensor | None = None
+    default: bool = False
 
     def keep(self, layers: tuple[int, ...]) -> Pass:
         if layers == self.layers:
             return self
         index = [self.layers.index(layer) for layer in layers]
         scores = {space: s[index] for space, s in self.scores.items()}
-        return Pass(self.batch, self.origin, layers, scores)
+        return replace(self, layers=layers, scores=scores, copied=None)
 
 
 @dataclass
@@ -278,34 +283,59 @@ class Recorder:
                 "model's forward pass or skips it (TeaCache and similar caches, a compiled or replaced "
                 "model). Switch such nodes off one by one and sample again."
             )
-        for evaluation in evaluations:
-            evaluation.wait()
         sigmas = [float(e.sigma.flatten()[0]) for e in evaluations]
+        steps = tuple(_step(self._schedule, sigma) for sigma in sigmas)
+        for evaluation, step in zip(evaluations, steps, strict=True):
+            evaluation.wait()
+            self._check_finite(evaluation, step)
         spaces = evaluations[0].passes[0].scores
+        scores = {space: tuple(self._merged(e, space) for e in evaluations) for space in spaces}
+        unseen = torch.stack([s[0, :, 0].isnan() for s in next(iter(scores.values()))]).all(0)
+        if unseen.any():
+            logging.warning(
+                "Concept Attention: in %.0f %% of the image no positive prompt is at work (areas, masks, "
+                "strengths). Concepts have no maps there.",
+                100 * unseen.float().mean(),
+            )
         return Recording(
             concepts=self.concepts,
             layers=self.layers,
             default_layers=self._default_layers,
             sigmas=tuple(sigmas),
-            steps=tuple(_step(self._schedule, sigma) for sigma in sigmas),
-            scores={space: tuple(self._merged(e, space) for e in evaluations) for space in spaces},
+            steps=steps,
+            scores=scores,
             image_size=self._image_size,
             coverage=self.coverage,
         )
 
+    def _check_finite(self, evaluation: Evaluation, step: int) -> None:
+        for scores in (s for p in evaluation.passes for s in p.scores.values()):
+            finite = scores.isfinite().flatten(1).all(1)
+            if not finite.all():
+                raise RecordingError(
+                    f"The model computed NaN or infinite values in step {step}, from layer "
+                    f"{self.layers[int(finite.int().argmin())]} on, so there are no maps, and the image is "
+                    "probably black or noise. Try another precision (weight_dtype), or without the LoRAs "
+                    "and other patches, one by one."
+                )
+
     def _merged(self, evaluation: Evaluation, space: str) -> Tensor:
-        """The mean of the passes over each patch: several conditionings, areas or context windows."""
-        first = evaluation.passes[0].scores[space]
+        """The mean of the passes over each patch, weighted as the sampler weights what they predict: several
+        conditionings, areas, masks or context windows. NaN in patches without any."""
+        first = evaluation.passes[0]
         whole = (len(self.layers), self.batch, len(self.concepts.all), *self.grid)
-        if len(evaluation.passes) == 1 and first.shape == whole:
-            return first
-        total, count = torch.zeros(whole), torch.zeros(self.batch, 1, *self.grid)
-        for p in evaluation.passes:
+        if len(evaluation.passes) == 1 and first.scores[space].shape == whole and first.weight is None:
+            return first.scores[space]
+        total, weights = torch.zeros(whole), torch.zeros(self.batch, 1, *self.grid)
+        for p in sorted(evaluation.passes, key=lambda p: p.default):
             scores = p.scores[space]
             rows, columns = (slice(o, o + n) for o, n in zip(p.origin, scores.shape[-2:], strict=True))
-            total[:, p.batch, :, rows, columns] += scores
-            count[p.batch, :, rows, columns] += 1
-        return total / count.clamp_min(1)
+            weight = torch.ones(1) if p.weight is None else p.weight
+            if p.default:
+                weight = (1 - weights[p.batch, :, rows, columns]).clamp_min(0)
+            total[:, p.batch, :, rows, columns] += weight * scores
+            weights[p.batch, :, rows, columns] += weight
+        return total / weights  # 0 / 0 is NaN
 
 
 def _step(schedule: list[float], sigma: float) -> int:

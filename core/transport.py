@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .maps import ConceptMaps
+from .maps import ConceptMaps, mean_where_seen
 
 LEVELS = 255
 
@@ -40,13 +40,13 @@ def layer_means(maps: ConceptMaps, image: int) -> Tensor:
     """For every recorded layer of one image, the mean over the chosen steps: (L, K, h, w)."""
     recording = maps.recording
     evaluations = recording.select(maps.space, recording.layers, maps.steps)
-    return sum(_maps(maps, scores[:, image]) for scores in evaluations) / len(evaluations)
+    return mean_where_seen(_maps(maps, scores[:, image]) for scores in evaluations).nan_to_num(0)
 
 
 def evaluation_means(maps: ConceptMaps, image: int) -> Tensor:
     """For every evaluation of one image, the mean over the chosen layers: (E, K, h, w)."""
     evaluations = maps.recording.select(maps.space, maps.layers)
-    return torch.stack([_maps(maps, scores[:, image]).mean(0) for scores in evaluations])
+    return torch.stack([_maps(maps, scores[:, image]).mean(0) for scores in evaluations]).nan_to_num(0)
 
 
 def layer(maps: ConceptMaps, image: int, layer: int) -> Tensor:
@@ -56,7 +56,7 @@ def layer(maps: ConceptMaps, image: int, layer: int) -> Tensor:
         ValueError: the layer was not recorded.
     """
     evaluations = maps.recording.select(maps.space, [layer])
-    return _maps(maps, torch.stack([scores[0, image] for scores in evaluations]))
+    return _maps(maps, torch.stack([scores[0, image] for scores in evaluations])).nan_to_num(0)
 
 
 def _maps(maps: ConceptMaps, scores: Tensor) -> Tensor:

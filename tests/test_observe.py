@@ -31,6 +31,7 @@ import nodes
 from concept_attention.core import observe as observe_module
 from concept_attention.core.architectures import flux1
 from concept_attention.core.concepts import Concepts
+from concept_attention.core.maps import concept_maps
 from concept_attention.core.observe import KEY, observe
 from concept_attention.core.recording import Recorder, Recording, RecordingError, recording_of
 from concept_attention.core.stream import SPACES, ConceptStream
@@ -777,7 +778,9 @@ def test_an_area_is_recorded_where_it_lies(model):
         sample(observed(model), latent=empty(1, 8, 8), noise=tile, positive=conditioning(4))
     )
     expected = first_scores(sample(observed(model), positive=whole)).clone()
-    expected[..., 2:6, 3:7] = (expected[..., 2:6, 3:7] + inside) / 2
+    # ComfyUI fades this area out over two pixels, but not at the edge of the image.
+    weight = torch.tensor([0.75, 1, 1, 1])[:, None] * torch.tensor([0.75, 1, 1, 0.75])
+    expected[..., 2:6, 3:7] = (expected[..., 2:6, 3:7] + weight * inside) / (1 + weight)
     assert relative(first_scores(samples), expected) <= TOLERANCE
 
 
@@ -789,14 +792,86 @@ def test_an_area_in_percent_at_the_edge_of_an_odd_latent_fits_the_grid(model):
     assert first_scores(samples).shape == (3, 2, 3, 8, 9)
 
 
-def test_a_masked_conditioning_counts_everywhere(model):
-    mask = torch.zeros(1, 12, 16)
-    mask[:, :6] = 1
-    masked = conditioning(4, mask=mask, set_area_to_bounds=False, mask_strength=1.0)
-    samples = sample(observed(model), positive=conditioning(2) + masked)
-    assert torch.equal(samples, sample(model, positive=conditioning(2) + masked))
+LEFT = torch.zeros(1, 12, 16)
+LEFT[..., :8] = 1
+
+
+def masked(seed: int, mask: Tensor, strength: float = 1.0) -> list:
+    """What ConditioningSetMask makes of a prompt."""
+    return nodes.ConditioningSetMask().append(conditioning(seed), mask, "default", strength)[0]
+
+
+def test_masked_conditionings_count_where_their_masks_are(model):
+    positive = masked(2, LEFT) + masked(4, 1 - LEFT)
+    samples = sample(observed(model), positive=positive, cfg=3.0)
+    assert torch.equal(samples, sample(model, positive=positive, cfg=3.0))
     alone = [first_scores(sample(observed(model), positive=conditioning(seed))) for seed in (2, 4)]
-    assert relative(first_scores(samples), (alone[0] + alone[1]) / 2) <= TOLERANCE
+    expected = torch.cat([alone[0][..., :4], alone[1][..., 4:]], -1)
+    assert relative(first_scores(samples), expected) <= TOLERANCE
+
+
+def test_conditionings_count_by_their_strength_as_they_do_for_the_image(model):
+    everywhere = torch.ones(1, 12, 16)
+    samples = sample(observed(model), positive=masked(2, everywhere) + masked(4, everywhere, 0.25))
+    alone = [first_scores(sample(observed(model), positive=conditioning(seed))) for seed in (2, 4)]
+    assert relative(first_scores(samples), (alone[0] + 0.25 * alone[1]) / 1.25) <= TOLERANCE
+
+
+def test_masks_of_a_batch_count_image_by_image(model):
+    masks = torch.cat([LEFT, 1 - LEFT])
+    positive = masked(2, masks) + masked(4, 1 - masks)
+    scores = first_scores(sample(observed(model), positive=positive, latent=empty(2)))
+    alone = [
+        first_scores(sample(observed(model), positive=conditioning(seed), latent=empty(2))) for seed in (2, 4)
+    ]
+    here = LEFT[:, ::2, ::2].bool()
+    assert relative(scores[:, 0], torch.where(here, alone[0][:, 0], alone[1][:, 0])) <= TOLERANCE
+    assert relative(scores[:, 1], torch.where(here, alone[1][:, 1], alone[0][:, 1])) <= TOLERANCE
+
+
+def test_a_default_conditioning_counts_where_the_others_leave_room(model):
+    (positive,) = comfy.hooks.set_default_conds_and_combine([masked(2, LEFT)], [conditioning(4)])
+    samples = sample(observed(model), positive=positive)
+    assert torch.equal(samples, sample(model, positive=positive))
+    alone = [first_scores(sample(observed(model), positive=conditioning(seed))) for seed in (2, 4)]
+    expected = torch.cat([alone[0][..., :4], alone[1][..., 4:]], -1)
+    assert relative(first_scores(samples), expected) <= TOLERANCE
+
+
+def test_where_no_prompt_is_at_work_nothing_is_recorded_and_the_user_is_told(model, caplog):
+    samples = sample(observed(model), positive=masked(2, LEFT))
+    assert torch.equal(samples, sample(model, positive=masked(2, LEFT)))
+    scores = first_scores(samples)
+    assert scores[..., 4:].isnan().all() and scores[..., :4].isfinite().all()
+    assert "in 50 % of the image no positive prompt is at work" in caplog.text
+    maps = concept_maps(recording(samples)).values
+    assert (maps[..., 4:] == 0).all() and torch.allclose(maps[..., :4].sum(1), torch.tensor(1.0))
+
+
+def test_a_patch_is_the_mean_of_the_steps_in_which_a_prompt_was_at_work_there(model):
+    early = conditioning(2, start_percent=0.0, end_percent=0.5)
+    late = conditioning(4, start_percent=0.5, end_percent=1.0, area=(12, 8, 0, 0))
+    found = recording(sample(observed(model), positive=early + late, steps=4))
+    seen = [
+        step
+        for step, scores in zip(found.steps, found.scores["output"], strict=True)
+        if scores[..., 4:].isfinite().all()
+    ]
+    assert 0 < len(seen) < 4
+    right = [concept_maps(found, steps=steps).values[..., 4:] for steps in (None, seen)]
+    assert torch.allclose(*right)
+
+
+def test_what_a_broken_model_computes_is_no_recording(model, monkeypatch):
+    original = ConceptStream.score
+
+    def score(self, layer, image_out):
+        original(self, layer, image_out * (torch.nan if layer == 1 else 1))
+
+    monkeypatch.setattr(ConceptStream, "score", score)
+    samples = sample(observed(model))
+    with pytest.raises(RecordingError, match="NaN or infinite values in step 0, from layer 1 on"):
+        recording(samples)
 
 
 def test_a_schedule_of_prompts_is_recorded_throughout(model):
