@@ -40,6 +40,7 @@ def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None 
             "spaces": list(recording.scores),
             "layers": recording.layers,
             "default_layers": recording.default_layers,
+            "left_out": recording.left_out,
             "steps": recording.steps,
             "sigmas": recording.sigmas,
         },
@@ -100,6 +101,7 @@ def _read(file: safe_open, description: dict) -> ConceptMaps:
         scores={space: tensors[_SCORES + space].unbind(0) for space in recorded["spaces"]},
         image_size=tuple(description["image_size"]),
         coverage=tuple(description["coverage"]),
+        left_out=tuple(recorded.get("left_out", ())),
     )
     return ConceptMaps(
         values=tensors["maps"],

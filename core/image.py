@@ -151,6 +151,8 @@ def parse_levels(text: str) -> tuple[float, ...]:
         ValueError: it is something else.
     """
     try:
+        if re.fullmatch(r"\s*0,\d+\s*", text):  # a decimal comma, not two levels
+            raise ValueError
         levels = tuple(float(part) for part in re.split(r"[,\s]+", text.strip(" ,\t\r\n")))
     except ValueError:
         raise ValueError(

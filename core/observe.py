@@ -12,6 +12,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -89,6 +90,12 @@ def observe(
     )
     observer = _Observer(family, concepts, tokens, recorded, stream, every, budget, listener, maps_only)
     observed = model.clone()
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+        logging.warning(
+            "Concept Attention: this MODEL has been through Concept Attention before. Only the concepts of "
+            "the last node count: %s.",
+            ", ".join(concepts.all),
+        )
     for kind in WRAPPERS:
         observed.remove_wrappers_with_key(kind, KEY)
     observed.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, observer.outer_sample)
@@ -144,7 +151,7 @@ class _Observer:
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider: CFGGuider = executor.class_obj
         try:
-            self._runs[guider] = _Run(self._recorder(guider, noise, sigmas), {})
+            self._runs[guider] = _Run(self._recorder(guider, noise, sigmas), self._listener)
         except Exception as error:
             recording = _reason(error)
         try:
@@ -203,19 +210,16 @@ class _Observer:
                 out = executor(x, timestep, options, seed)
         finally:
             evaluation.armed = False
-        self._tell(run.recorder)
+        run.tell()
         return out
 
-    def _tell(self, recorder: Recorder) -> None:
-        if self._listener is None or recorder.failure is not None:
-            return
-        try:
-            self._listener(recorder)
-        except Exception:
-            logging.warning("Concept Attention stops showing maps while sampling.", exc_info=True)
-            self._listener = None
+    def diffusion_model(self, executor, *args, **kwargs):
+        # DualModelGuider calls the negative's model with the positive's wrappers.
+        if not self.family.matches(executor.class_obj):
+            return executor(*args, **kwargs)
+        return self._diffusion_model(executor, *args, **kwargs)
 
-    def diffusion_model(
+    def _diffusion_model(
         self,
         executor,
         x,
@@ -241,6 +245,7 @@ class _Observer:
         if evaluation is None or not evaluation.armed or evaluation.recorder.failure is not None:
             return unobserved()
         hooks = _Hooks(self, executor.class_obj, evaluation)
+        evaluation.calls += 1
         with hooks.failing_quietly():
             for chunk in chunks.positive(transformer_options, evaluation, len(x)):
                 hooks.follow(chunk, x, timestep, guidance)
@@ -270,11 +275,22 @@ def _reason(error: Exception) -> str:
     return unrecorded(f"{type(error).__name__}: {error}")
 
 
-class _Run(NamedTuple):
+@dataclass
+class _Run:
     """A sampling run, and the weights of its conditionings as far as they have been asked for."""
 
     recorder: Recorder
-    weights: dict[object, Tensor | None]
+    listener: Callable[[Recorder], None] | None
+    weights: dict[object, Tensor | None] = field(default_factory=dict)
+
+    def tell(self) -> None:
+        if self.listener is None or self.recorder.failure is not None:
+            return
+        try:
+            self.listener(self.recorder)
+        except Exception:
+            logging.warning("Concept Attention stops showing maps of this run.", exc_info=True)
+            self.listener = None
 
 
 class _Chunk(NamedTuple):

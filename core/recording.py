@@ -50,6 +50,7 @@ class Recording:
         image_size: height and width of the image in pixels.
         coverage: the share of the grid's height and width that the image covers; below 1 where the model
             padded an odd latent.
+        left_out: layers that were to be recorded too, but would have taken more memory than is allowed.
     """
 
     concepts: Concepts
@@ -60,6 +61,7 @@ class Recording:
     scores: dict[str, tuple[Tensor, ...]]
     image_size: tuple[int, int]
     coverage: tuple[float, float]
+    left_out: tuple[int, ...] = ()
 
     def select(
         self, space: str, layers: Sequence[int] | None = None, steps: Sequence[int] | None = None
@@ -99,8 +101,13 @@ class Recording:
         return [scores[index] for scores in chosen]
 
 
-def parse_layers(text: str, available: Sequence[int], default: Sequence[int]) -> tuple[int, ...]:
+def parse_layers(
+    text: str, available: Sequence[int], default: Sequence[int], left_out: Sequence[int] = ()
+) -> tuple[int, ...]:
     """Layers from text: "all", "default", or numbers and ranges as in "0, 15-18".
+
+    Args:
+        left_out: see ``Recording``.
 
     Raises:
         ValueError: it is none of these, or names layers that are not available.
@@ -119,7 +126,14 @@ def parse_layers(text: str, available: Sequence[int], default: Sequence[int]) ->
         first, last = int(match[1]), int(match[2] or match[1])
         missing = [n for n in (first, last) if n not in available]
         if missing or first > last:
-            raise ValueError(f'Layers "{text}" are not all available, only: {_listed(available)}.')
+            reason = ""
+            if missing and set(missing) <= set(left_out):
+                reason = (
+                    f" Layers {_listed(left_out)} were left out while sampling, because all together would "
+                    f"have taken more than {BUDGET // 2**20} MB. To have them, record less: choose layers "
+                    "(record_layers), fewer steps (record_every), concepts or images at a time."
+                )
+            raise ValueError(f'Layers "{text}" are not all available, only: {_listed(available)}.{reason}')
         layers.update(n for n in available if first <= n <= last)
     return tuple(sorted(layers))
 
@@ -163,12 +177,14 @@ class Pass:
 @dataclass
 class Evaluation:
     """One evaluation of the model by the sampler. ``armed`` while its main pass runs, if it is to be recorded
-    at all: extra passes that guidance methods add are not."""
+    at all: extra passes that guidance methods add are not. ``calls`` of the model were met, with the positive
+    conditionings ``seen``."""
 
     recorder: Recorder
     sigma: Tensor
     armed: bool = True
     passes: list[Pass] = field(default_factory=list)
+    calls: int = 0
     seen: set = field(default_factory=set)
 
     @property
@@ -220,6 +236,7 @@ class Recorder:
         self._budget = budget
         self._every = every
         self._bytes = 0
+        self._left_out: tuple[int, ...] = ()
         self._evaluations: list[Evaluation] = []
         self._lock = threading.Lock()
 
@@ -232,6 +249,9 @@ class Recorder:
         with self._lock:
             if recorded.layers != self.layers and recorded.copied is not None:
                 recorded.copied.synchronize()
+            for earlier in self._evaluations:
+                if earlier.arrived:
+                    earlier.wait()
             evaluation.passes.append(recorded.keep(self.layers))
             self._bytes += sum(s.nbytes for s in recorded.scores.values())
             if self._bytes > self._budget and self.layers != self._default_layers:
@@ -256,6 +276,7 @@ class Recorder:
         self.failure = self.failure or reason
 
     def _thin(self) -> None:
+        self._left_out = tuple(layer for layer in self.layers if layer not in self._default_layers)
         self.layers = self._default_layers
         logging.warning(
             "Concept Attention: all layers of this run would take more than %d MB; keeping layers %s only.",
@@ -276,6 +297,12 @@ class Recorder:
         if self.failure is not None:
             raise RecordingError(unrecorded(self.failure))
         evaluations = [e for e in self._evaluations if e.passes]
+        if not evaluations and any(e.calls and not e.seen for e in self._evaluations):
+            raise RecordingError(
+                "Concept Attention recorded nothing while this LATENT was sampled: in none of the "
+                f"{len(self._evaluations)} evaluations of the model was the positive prompt at work. Look at "
+                "its timestep range (ConditioningSetTimestepRange), and at the sampler's steps and denoise."
+            )
         if not evaluations:
             raise RecordingError(
                 "Concept Attention recorded nothing while this LATENT was sampled, although "
@@ -306,6 +333,7 @@ class Recorder:
             scores=scores,
             image_size=self._image_size,
             coverage=self.coverage,
+            left_out=self._left_out,
         )
 
     def _check_finite(self, evaluation: Evaluation, step: int) -> None:

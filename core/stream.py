@@ -36,7 +36,7 @@ class TextStream(Protocol):
     """How concepts enter a model in one forward pass, and its double-stream blocks."""
 
     def embed(self, concepts: Tensor) -> Tensor:
-        """The stream (B, K, D) at the first block, from text encoder tokens (K, C) or (B, K, C)."""
+        """The stream (B, K, D) at the first block, from text encoder tokens (K, C)."""
 
     def block(self, layer: int) -> TextBlock:
         """The text side of double-stream block ``layer``."""

@@ -59,11 +59,16 @@ def downstream(prompt: dict, start: str, class_type: str) -> list[str]:
         more = {
             node_id
             for node_id, node in prompt.items()
-            if any(isinstance(v, list) and v and v[0] in reached for v in node["inputs"].values())
+            if any(_is_link(v) and v[0] in reached for v in node["inputs"].values())
         }
         grown = not more <= reached
         reached |= more
     return [n for n in prompt if n in reached and prompt[n]["class_type"] == class_type]
+
+
+def _is_link(value: object) -> bool:
+    """Or a list that a widget holds, which ComfyUI has unwrapped by the time the workflow runs."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
 
 def add_routes() -> None:

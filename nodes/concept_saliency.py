@@ -100,7 +100,7 @@ class ConceptSaliency(io.ComfyNode):
         grounding: str = GROUNDINGS[0],
     ) -> io.NodeOutput:
         recording = latent.recording if isinstance(latent, ConceptMaps) else recording_of(latent)
-        chosen = parse_layers(layers, available=recording.layers, default=recording.default_layers)
+        chosen = parse_layers(layers, recording.layers, recording.default_layers, recording.left_out)
         maps = concept_maps(
             recording,
             space=space,

@@ -48,6 +48,7 @@ class FakeClip:
         ("Cat, cat, CAT, dog", ("Cat", "dog")),
         ("(sky:1.5), embedding:foo, {a|b}", ("(sky:1.5)", "embedding:foo", "{a|b}")),
         ("<img src=x onerror=alert(1)>, 고양이, 🐱", ("<img src=x onerror=alert(1)>", "고양이", "🐱")),
+        ("龙，石头、天空", ("龙", "石头", "天空")),
         (" \n , ", ()),
     ],
 )

@@ -529,7 +529,7 @@ def test_levels_from_text_go_from_noise_to_image(text, levels):
     assert parse_levels(text) == levels
 
 
-@pytest.mark.parametrize("text", ["", "half", "0.5; 0.7", "0,5x", "50%"])
+@pytest.mark.parametrize("text", ["", "half", "0.5; 0.7", "0,5x", "0,5", "0,1", "50%"])
 def test_levels_that_cannot_be_read_are_an_error_with_an_example(text):
     with pytest.raises(ValueError, match=r'cannot be read.*"0.3, 0.5"'):
         parse_levels(text)

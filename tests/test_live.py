@@ -10,6 +10,7 @@ from concept_attention.core.live import LiveMaps
 from concept_attention.core.maps import heatmaps
 from concept_attention.core.observe import observe
 from concept_attention.core.recording import Pass, Recorder, recording_of
+from concept_attention.nodes.browser import downstream
 from tiny_flux import CONCEPTS, concept_tokens, random_flux, sample
 
 
@@ -90,7 +91,52 @@ def test_a_listener_that_fails_costs_neither_the_picture_nor_the_recording(caplo
         calls.append(recorder)
         raise OSError("the browser is gone")
 
-    samples = sample(observe(random_flux(), CONCEPTS, concept_tokens(), listener=listener))
+    observed = observe(random_flux(), CONCEPTS, concept_tokens(), listener=listener)
+    samples = sample(observed)
     assert len(calls) == 1
     assert len(recording_of({"samples": samples}).steps) == 3
     assert "stops showing maps" in caplog.text
+    sample(observed)
+    assert len(calls) == 2, "the next run tries again"
+
+
+def test_maps_so_far_are_nothing_where_no_prompt_is_at_work(recorder):
+    sent = []
+    listener = LiveMaps(sent.append, lambda: True, interval=0)
+    scores = torch.randn(3, 1, 3, 4, 4)
+    left = torch.zeros(1, 1, 4, 4)
+    left[..., :2] = 1
+    for weight in (left, None):
+        evaluation = recorder.evaluation(torch.ones(1))
+        recorder.add(evaluation, Pass(slice(0, 1), (0, 0), (0, 1, 2), {"output": scores}, weight=weight))
+        listener(recorder)
+    expected = scores[1:, 0].softmax(1).mean(0)
+    assert torch.allclose(sent[0].values, expected * left[0], atol=1e-6)
+    assert torch.allclose(sent[1].values, expected, atol=1e-6)
+
+
+def test_scores_leave_pinned_memory_as_soon_as_they_have_arrived(recorder):
+    class Event(Arrival):
+        def synchronize(self) -> None:
+            assert self.happened
+
+    arrived, on_its_way = Event(), Event()
+    scores = [torch.randn(3, 1, 3, 4, 4) for _ in range(3)]
+    record(recorder, scores[0], arrived)
+    arrived.happened = True
+    record(recorder, scores[1], on_its_way)
+    kept = [e.passes[0] for e in recorder._evaluations]
+    assert kept[0].copied is None
+    assert kept[0].scores["output"].data_ptr() != scores[0].data_ptr()
+    assert kept[1].copied is on_its_way
+    assert kept[1].scores["output"] is scores[1]
+
+
+def test_viewers_are_found_behind_any_widget():
+    workflow = {
+        "1": {"class_type": "ConceptAttention", "inputs": {"model": ["9", 0]}},
+        "2": {"class_type": "KSampler", "inputs": {"model": ["1", 0], "points": [[1, 2], [3, 4]], "no": []}},
+        "3": {"class_type": "ConceptViewer", "inputs": {"maps": ["2", 0], "pair": [1, 2]}},
+        "4": {"class_type": "ConceptViewer", "inputs": {"maps": ["8", 0]}},
+    }
+    assert downstream(workflow, "1", "ConceptViewer") == ["3"]

@@ -131,5 +131,12 @@ def test_layers_that_do_not_exist_are_an_error(text):
         parse_layers(text, range(5), (3, 4))
 
 
+def test_layers_that_were_left_out_for_their_size_are_an_error_that_says_so():
+    with pytest.raises(ValueError, match=r"Layers 0-2 were left out .* 256 MB.*record_every"):
+        parse_layers("1, 3", (3, 4), (3, 4), left_out=(0, 1, 2))
+    with pytest.raises(ValueError, match=r"only: 3-4\.$"):
+        parse_layers("7", (3, 4), (3, 4), left_out=(0, 1, 2))
+
+
 def test_a_range_skips_layers_that_were_not_recorded():
     assert parse_layers("0-18", (0, 5, 18), (18,)) == (0, 5, 18)

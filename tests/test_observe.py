@@ -23,7 +23,7 @@ import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import Tensor
 
@@ -342,7 +342,7 @@ def test_with_fp16_intermediates_custom_samplers_are_recorded_and_ksampler_says_
     assert len(recording_of(ours).sigmas) == 3
 
 
-def test_observing_an_observed_model_replaces_its_concepts(model, monkeypatch):
+def test_observing_an_observed_model_replaces_its_concepts_and_says_so(model, monkeypatch, caplog):
     streams = []
 
     class TextStream(flux1.TextStream):
@@ -351,7 +351,9 @@ def test_observing_an_observed_model_replaces_its_concepts(model, monkeypatch):
             super().__init__(*args)
 
     first = observed(model)
+    assert not caplog.text
     second = observe(first, Concepts(("rock", "tree")), concept_tokens(seed=9, count=2))
+    assert "Only the concepts of the last node count: rock, tree" in caplog.text
     monkeypatch.setattr(flux1, "TextStream", TextStream)
     samples = sample(second)
     assert len(streams) == 3
@@ -842,10 +844,12 @@ def test_where_no_prompt_is_at_work_nothing_is_recorded_and_the_user_is_told(mod
     samples = sample(observed(model), positive=masked(2, LEFT))
     assert torch.equal(samples, sample(model, positive=masked(2, LEFT)))
     scores = first_scores(samples)
-    assert scores[..., 4:].isnan().all() and scores[..., :4].isfinite().all()
+    assert scores[..., 4:].isnan().all()
+    assert scores[..., :4].isfinite().all()
     assert "in 50 % of the image no positive prompt is at work" in caplog.text
     maps = concept_maps(recording(samples)).values
-    assert (maps[..., 4:] == 0).all() and torch.allclose(maps[..., :4].sum(1), torch.tensor(1.0))
+    assert (maps[..., 4:] == 0).all()
+    assert torch.allclose(maps[..., :4].sum(1), torch.tensor(1.0))
 
 
 def test_a_patch_is_the_mean_of_the_steps_in_which_a_prompt_was_at_work_there(model):
@@ -860,6 +864,31 @@ def test_a_patch_is_the_mean_of_the_steps_in_which_a_prompt_was_at_work_there(mo
     assert 0 < len(seen) < 4
     right = [concept_maps(found, steps=steps).values[..., 4:] for steps in (None, seen)]
     assert torch.allclose(*right)
+
+
+def test_a_prompt_that_is_never_at_work_is_named_as_the_reason(model):
+    late = conditioning(2, start_percent=0.9, end_percent=1.0)
+    samples = sample(observed(model), positive=late, steps=4, last_step=2, cfg=3.0)
+    with pytest.raises(RecordingError, match="none of the 2 evaluations .*ConditioningSetTimestepRange"):
+        recording(samples)
+
+
+def test_a_model_of_another_family_runs_as_it_is_under_the_same_wrappers(model):
+    """DualModelGuider calls the negative's model with the positive's wrappers."""
+
+    class Chroma:
+        def forward(self, x, timestep, context, guidance, control=None, transformer_options={}, **kwargs):  # noqa: B006
+            executor = WrapperExecutor.new_class_executor(
+                self._forward, self, get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+            )
+            return executor.execute(x, timestep, context, guidance, control, transformer_options, **kwargs)
+
+        def _forward(self, x, timestep, context, guidance, control, transformer_options):
+            return x + guidance
+
+    wrappers = {"wrappers": observed(model).wrappers}
+    x = torch.ones(1, 16, 8, 8)
+    assert torch.equal(Chroma().forward(x, x, x, torch.ones(1), None, wrappers), x + 1)
 
 
 def test_what_a_broken_model_computes_is_no_recording(model, monkeypatch):

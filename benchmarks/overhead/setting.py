@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(flags: Sequence[str] = ()) -> None:
-    """Makes ComfyUI, started with these flags, importable, and this plugin as ``concept_attention``. Its nodes
-    are not imported: they need more packages than the models do."""
+    """Makes ComfyUI, started with these flags, importable, and this plugin as ``concept_attention``. Its
+    nodes are not imported: they need more packages than the models do."""
     if "concept_attention" in sys.modules:
         return
     sys.path.insert(0, str(ROOT / "demo"))

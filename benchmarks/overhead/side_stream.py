@@ -1,4 +1,5 @@
-"""A candidate, to be measured before it is believed: the concepts' text weights read while the model computes."""
+"""A candidate, to be measured before it is believed: the concepts' text weights are read while the model
+computes."""
 
 from __future__ import annotations
 

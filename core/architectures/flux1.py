@@ -68,8 +68,7 @@ class TextStream:
         self._activated = nn.functional.silu(vec)[:, None]
 
     def embed(self, concepts: Tensor) -> Tensor:
-        hidden = concepts.to(self.vec)
-        hidden = hidden if hidden.ndim == 3 else hidden[None]
+        hidden = concepts.to(self.vec)[None]
         if self._model.txt_norm is not None:
             hidden = self._model.txt_norm(hidden)
         return self._model.txt_in(hidden).expand(len(self.vec), -1, -1)
