@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..core.maps import ConceptMaps
 from ..core.palette import hex_colours
+from ..core.render import images_of
 from ..core.transport import pack, picture
 from .browser import publish
 from .types import CATEGORY, ConceptMapsType
@@ -70,18 +71,19 @@ class ConceptViewer(io.ComfyNode):
         concept: str,
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        count = len(maps.values)
-        if image is not None and len(image) not in (1, count):
-            raise ValueError(f"Concept Viewer has {count} maps and {len(image)} images; they do not match.")
-        pictures = [None] * count if image is None else [_saved(picture(i), "jpg") for i in image]
-        if len(pictures) < count:
-            pictures *= count
+        count = len(maps.values) if image is None else len(images_of(maps, image))
+        packets = [_saved(pack(values[None]), "maps") for values in maps.values]
+        pictures = [None] if image is None else [_saved(picture(i), "jpg") for i in image]
         view = {
             **_description(maps),
             "key": publish(maps),
             "images": [
-                {"maps": _saved(pack(values[None]), "maps"), "picture": pictures[i]}
-                for i, values in enumerate(maps.values)
+                {
+                    "recorded": i % len(packets),
+                    "maps": packets[i % len(packets)],
+                    "picture": pictures[i % len(pictures)],
+                }
+                for i in range(count)
             ],
         }
         return io.NodeOutput(threshold, concept, ui={"concept_view": [view]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 
+import folder_paths
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from concept_attention.core.concepts import Concepts
 from concept_attention.core.maps import concept_maps, heatmaps
 from concept_attention.core.recording import Recording
 from concept_attention.core.transport import evaluation_means, layer, layer_means, pack, picture
+from concept_attention.nodes.concept_viewer import ConceptViewer
 
 LAYERS, STEPS, CONCEPTS, ROWS, COLUMNS = 19, 28, 6, 64, 64
 
@@ -95,3 +97,45 @@ def test_looking_through_all_layers_and_all_steps_takes_less_than_one_and_a_half
 def test_pictures_keep_their_pixels():
     ramp = torch.linspace(0, 1, 64).expand(48, 64)
     assert picture(torch.stack([ramp, ramp, ramp, ramp], -1))[:2] == b"\xff\xd8"
+
+
+@pytest.fixture
+def view(tmp_path, monkeypatch):
+    """Gives what Concept Viewer sends of maps of so many images and so many pictures."""
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path))
+
+    def view(images: int, *size: int) -> list[dict]:
+        maps = concept_maps(recording(images, 4, 6))
+        shown = ConceptViewer.execute(maps, 0.5, "", torch.rand(*size, 3) if size else None)
+        return shown.ui["concept_view"][0]["images"]
+
+    return view
+
+
+def names(images: list[dict], what: str) -> list[str]:
+    return [image[what]["filename"] for image in images]
+
+
+def test_each_image_has_its_own_maps_and_picture(view):
+    images = view(2, 2, 64, 96)
+    assert [image["recorded"] for image in images] == [0, 1]
+    assert len(set(names(images, "maps"))) == len(set(names(images, "picture"))) == 2
+    assert [image["picture"] for image in view(2)] == [None, None]
+
+
+def test_images_may_share_a_picture_and_frames_may_share_maps(view):
+    images = view(2, 1, 64, 96)
+    assert [image["recorded"] for image in images] == [0, 1]
+    assert len(set(names(images, "maps"))) == 2
+    assert len(set(names(images, "picture"))) == 1
+    frames = view(1, 3, 64, 96)
+    assert [frame["recorded"] for frame in frames] == [0, 0, 0]
+    assert len(set(names(frames, "maps"))) == 1
+    assert len(set(names(frames, "picture"))) == 3
+
+
+def test_a_picture_that_does_not_belong_to_the_maps_is_not_shown(view):
+    with pytest.raises(ValueError, match="64 x 96 pixels.* 96 x 64, which has another shape"):
+        view(1, 1, 96, 64)
+    with pytest.raises(ValueError, match="3 images, but concept maps of 2"):
+        view(2, 3, 64, 96)

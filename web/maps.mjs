@@ -4,7 +4,8 @@
  * @typedef {{filename: string, subfolder: string, type: string}} TemporaryFile
  *
  * What a run of Concept Viewer sends. `grid` is rows and columns; `coverage` the share of the grid's height
- * and width that the picture covers; `steps` and `sigmas` have one entry per evaluation of the model.
+ * and width that the picture covers; `steps` and `sigmas` have one entry per evaluation of the model. Several
+ * pictures may share the maps of one `recorded` image.
  * @typedef {object} View
  * @property {string} key
  * @property {string[]} concepts background concepts last
@@ -19,7 +20,7 @@
  * @property {number[]} sigmas
  * @property {number[]} chosen_layers
  * @property {number[]} chosen_steps
- * @property {{maps: TemporaryFile, picture: TemporaryFile | null}[]} images
+ * @property {{recorded: number, maps: TemporaryFile, picture: TemporaryFile | null}[]} images
  *
  * @typedef {object} Loader
  * @property {(file: TemporaryFile) => Promise<Response>} file
@@ -115,7 +116,7 @@ export class RecordedMaps {
     const { view, image, load } = this;
     const response = await (name === "chosen"
       ? load.file(view.images[image].maps)
-      : load.frames(view.key, image, name));
+      : load.frames(view.key, view.images[image].recorded, name));
     if (!response.ok) throw new Error(texts.gone);
     return unpack(await response.blob(), this.size);
   }

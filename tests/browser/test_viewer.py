@@ -253,6 +253,23 @@ def test_the_pager_goes_through_the_batch(viewer, recording):
     assert close_to(viewer.point(8, 9), heatmaps(recording)[1], 8, 9)
 
 
+def test_frames_that_share_the_maps_of_one_image_can_all_be_looked_into(viewer, recording):
+    one = {**viewer.graph()["1"]["inputs"], "batch": 1}
+    maps = {"class_type": "TestMadeUpMaps", "inputs": one}
+    frames = viewer.graph()["1"]
+    shown = {
+        "class_type": "ConceptViewer",
+        "inputs": {"maps": ["1", 0], "image": ["3", 1], "threshold": 0.5, "concept": ""},
+    }
+    viewer.load(**{"1": maps, "2": shown, "3": frames})
+    viewer.run()
+    viewer.panel.get_by_label("Next image").click()
+    viewer.settle()
+    viewer.scrub("Layers", 4, 4, 19)
+    expected = heatmaps(made_up.recording(Recording, Concepts, 1, ROWS, COLUMNS), layers=[4])
+    assert close_to(viewer.point(30, 30), expected[0], 30, 30)
+
+
 def test_a_reloaded_page_shows_the_result_without_a_run(viewer, recording):
     viewer.page.evaluate("() => app.loadGraphData(app.graph.serialize())")
     viewer.resize(420, 720)
