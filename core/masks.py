@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
+from scipy import ndimage, signal
 from torch import Tensor
 
 from .maps import ConceptMaps, upscale
@@ -131,6 +132,7 @@ def concept_masks(
     maps: ConceptMaps,
     names: Sequence[str],
     *,
+    combine: bool = False,
     size: tuple[int, int] | None = None,
     guide: Tensor | None = None,
     method: str = "argmax",
@@ -143,15 +145,17 @@ def concept_masks(
     invert: bool = False,
 ) -> tuple[Tensor, list[list[Part]]]:
     """Masks (B, N, H, W) of N concepts, float32 in 0..1 on the CPU, and for each image the parts that their
-    regions have, in the order of ``names``. Parts are those of the regions, before ``invert`` and
-    ``feather``.
+    regions have, in the order of ``names``. Parts are those of the cleaned region of each concept alone,
+    before ``invert`` and ``feather``, whether or not the masks are combined.
 
     Args:
+        combine: one mask (B, 1, H, W) of all the concepts together. The union of their regions is what is
+            cleaned, so that a thing in two adjoining parts is as large as both.
         size: height and width; the image's own by default.
         guide: images (B, H, W, 3) in 0..1, by whose edges the maps are refined first, see ``refine``, and
             whose size the masks have. Maps of a single image go with any number of them.
         method, threshold: see ``region``.
-        soft: inside the region, the map's values instead of 1.
+        soft: inside the region, the map's values instead of 1; of several combined, the highest.
         fill_holes, smallest_area, grow: see ``clean``.
         feather: standard deviation in pixels of a Gaussian blur.
         invert: everything but the concept.
@@ -160,25 +164,42 @@ def concept_masks(
         ValueError: there is no such concept, or no such method.
     """
     indices = [maps.index(name) for name in names]
-    planes, found = [], []
+    together = combine and len(indices) > 1
+    tidy = {"fill_holes": fill_holes, "smallest_area": smallest_area, "grow": grow}
+    masks, found = [], []
     for values in _at_images(maps, size, guide):
+        regions = torch.stack([region(values, index, method, threshold) for index in indices])
+        insides = torch.stack([clean(inside, **tidy) for inside in regions])
         found.append([])
-        for index in indices:
-            inside = region(values, index, method, threshold)
-            inside = clean(inside, fill_holes=fill_holes, smallest_area=smallest_area, grow=grow)
+        for index, inside in zip(indices, insides, strict=True):
             found[-1] += parts(maps.concepts.all[index], inside, values[index])
-            plane = torch.where(inside, values[index], 0.0) if soft else inside.float()
-            if invert:
-                plane = 1 - plane
-            if feather > 0:
-                plane = torch.from_numpy(ndimage.gaussian_filter(plane.numpy(), feather, mode="nearest"))
-            planes.append(plane)
-    return torch.stack(planes).clamp(0, 1).unflatten(0, (-1, len(indices))), found
+        if together:
+            insides = clean(regions.any(0), **tidy)[None]
+        planes = insides.float()
+        if soft:
+            shown = values[indices]
+            if together:  # of those cut there; where none was, in what is filled or grown, of all
+                shown = shown.where(regions | ~regions.any(0), 0).amax(0, keepdim=True)
+            planes = torch.where(insides, shown, 0.0)
+        if invert:
+            planes = 1 - planes
+        if feather > 0:
+            planes = torch.stack([_blurred(plane, feather) for plane in planes])
+        masks.append(planes)
+    return torch.stack(masks).clamp(0, 1), found
 
 
-def concept_mask(maps: ConceptMaps, name: str, **options) -> Tensor:
-    """The mask (B, H, W) of one concept, with the options and errors of ``concept_masks``."""
-    return concept_masks(maps, [name], **options)[0][:, 0]
+def _blurred(plane: Tensor, sigma: float) -> Tensor:
+    """A mask (H, W) after a Gaussian blur, the edge repeated beyond it. What ``gaussian_filter`` gives, whose
+    time grows with ``sigma``: two seconds for 100 in 2048 x 2048 pixels, where this takes a tenth of that."""
+    reach = math.ceil(4 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1, dtype=np.float32) / sigma) ** 2)
+    kernel /= kernel.sum()
+    blurred = np.pad(plane.numpy(), reach, mode="edge")
+    blurred = signal.oaconvolve(blurred, kernel[:, None], "valid", axes=0)
+    blurred = signal.oaconvolve(blurred, kernel[None], "valid", axes=1)
+    # Its Fourier transforms are off by some 1e-7, but far from the edge the mask has to stay 0 or 1.
+    return torch.from_numpy(blurred.round(5))
 
 
 def segment(

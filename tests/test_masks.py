@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.maps import ConceptMaps
-from concept_attention.core.masks import METHODS, clean, concept_mask, otsu_threshold, region
+from concept_attention.core.masks import METHODS, clean, concept_masks, otsu_threshold, region
 from recordings import maps_of
 
 
@@ -23,10 +25,15 @@ def two_concepts(batch=1) -> ConceptMaps:
     return maps_of(values, Concepts(("cat", "dog"), ("sky",)), (128, 128))
 
 
+def alone(maps: ConceptMaps, name: str, **options) -> torch.Tensor:
+    """The masks (B, H, W) of one concept."""
+    return concept_masks(maps, [name], **options)[0].squeeze(1)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_finds_a_concept_that_is_there(method):
     threshold = 4 / 64 if method == "top fraction" else 0.5
-    mask = concept_mask(two_concepts(), "cat", method=method, threshold=threshold)
+    mask = alone(two_concepts(), "cat", method=method, threshold=threshold)
     truth = square(128, 32, 64).bool()
     found = mask[0].bool()
     assert (found & truth).sum() / (found | truth).sum() > 0.5
@@ -36,28 +43,28 @@ def test_every_method_finds_a_concept_that_is_there(method):
 
 @pytest.mark.parametrize("method", ["argmax", "fixed"])
 def test_an_absent_concept_gives_an_empty_mask_of_the_right_size(method):
-    mask = concept_mask(two_concepts(batch=3), "dog", method=method)
+    mask = alone(two_concepts(batch=3), "dog", method=method)
     assert mask.shape == (3, 128, 128)
     assert not mask.any()
 
 
 def test_background_concepts_take_part_in_the_argmax():
     maps = two_concepts()
-    mask = concept_mask(maps, "cat")[0].bool()
+    mask = alone(maps, "cat")[0].bool()
     assert torch.equal(mask, maps.at_size(128, 128)[0].argmax(0) == 0)
     assert mask.float().mean() < 0.1
 
 
 def test_hard_masks_are_exactly_zero_or_one():
     for method in METHODS:
-        mask = concept_mask(two_concepts(), "cat", method=method, threshold=0.3)
+        mask = alone(two_concepts(), "cat", method=method, threshold=0.3)
         assert set(mask.unique().tolist()) <= {0.0, 1.0}
         assert mask.dtype == torch.float32
 
 
 def test_soft_masks_are_the_map_inside_and_zero_outside():
     maps = two_concepts()
-    hard, soft = (concept_mask(maps, "cat", soft=s)[0] for s in (False, True))
+    hard, soft = (alone(maps, "cat", soft=s)[0] for s in (False, True))
     values = maps.at_size(128, 128)[0, 0]
     assert torch.equal(soft, values * hard)
 
@@ -89,16 +96,16 @@ def test_otsu_of_a_constant_map_leaves_nothing_inside():
 
 def test_an_unknown_method_is_an_error():
     with pytest.raises(ValueError, match='"median".*argmax, mean'):
-        concept_mask(two_concepts(), "cat", method="median")
+        alone(two_concepts(), "cat", method="median")
 
 
 def test_an_unknown_concept_is_an_error():
     with pytest.raises(ValueError, match="The concepts are: cat, dog, sky"):
-        concept_mask(two_concepts(), "horse")
+        alone(two_concepts(), "horse")
 
 
 def test_the_mask_takes_the_size_that_is_asked_for():
-    assert concept_mask(two_concepts(), "cat", size=(70, 301)).shape == (1, 70, 301)
+    assert alone(two_concepts(), "cat", size=(70, 301)).shape == (1, 70, 301)
 
 
 def test_holes_are_filled():
@@ -131,7 +138,7 @@ def test_growing_nothing_and_shrinking_everything():
 
 
 def test_feathering_keeps_the_range_and_the_weight():
-    hard, blurred = (concept_mask(two_concepts(), "cat", feather=f) for f in (0, 4))
+    hard, blurred = (alone(two_concepts(), "cat", feather=f) for f in (0, 4))
     assert blurred.min() >= 0
     assert blurred.max() <= 1
     assert (blurred.sum() - hard.sum()).abs() < 0.01 * hard.sum()
@@ -139,12 +146,96 @@ def test_feathering_keeps_the_range_and_the_weight():
 
 
 def test_inverting_gives_the_rest():
-    mask, rest = (concept_mask(two_concepts(), "cat", invert=i) for i in (False, True))
+    mask, rest = (alone(two_concepts(), "cat", invert=i) for i in (False, True))
     assert torch.equal(mask + rest, torch.ones_like(mask))
 
 
 def test_the_maps_are_not_changed():
     maps = two_concepts(batch=2)
     before = maps.values.clone()
-    concept_mask(maps, "cat", soft=True, grow=3, feather=2.0, invert=True)
+    alone(maps, "cat", soft=True, grow=3, feather=2.0, invert=True)
     assert torch.equal(maps.values, before)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 3.0, 12.5, 40.0])
+def test_feathering_is_a_gaussian_of_that_standard_deviation(sigma):
+    hard = alone(two_concepts(), "cat", method="mean", size=(131, 94))[0].numpy()
+    soft = alone(two_concepts(), "cat", method="mean", size=(131, 94), feather=sigma)[0].numpy()
+    np.testing.assert_allclose(soft, ndimage.gaussian_filter(hard, sigma, mode="nearest"), atol=1e-5)
+
+
+def test_a_feathered_edge_is_soft_for_three_times_the_width_on_each_side_and_clear_beyond():
+    values = torch.zeros(1, 2, 8, 400)
+    values[:, 0, :, :200], values[:, 1, :, 200:] = 1, 1
+    maps = maps_of(values, Concepts(("cat",), ("sky",)), (8, 400))
+    row = alone(maps, "cat", feather=10)[0, 4]
+    assert row[200 - 30] < 0.999 < row[200 - 32]
+    assert row[200 + 32] < 0.001 < row[200 + 28]
+    assert set(row[:150].tolist()) == {1.0}
+    assert set(row[250:].tolist()) == {0.0}
+
+
+def crowd() -> ConceptMaps:
+    """Two images in which three concepts and the background take turns from patch to patch."""
+    values = (2 * torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(0))).softmax(1)
+    return maps_of(values, Concepts(("cat", "dog", "fish"), ("sky",)), (144, 112))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_combined_a_mask_is_the_largest_value_of_the_masks_of_each(method, soft):
+    options = {"method": method, "threshold": 0.3, "soft": soft}
+    together, _ = concept_masks(crowd(), ["fish", "cat"], combine=True, **options)
+    apart, _ = concept_masks(crowd(), ["fish", "cat"], **options)
+    assert together.shape == (2, 1, 144, 112)
+    assert apart.shape == (2, 2, 144, 112)
+    assert torch.equal(together, apart.amax(1, keepdim=True))
+    assert not any(torch.equal(together[:, 0], apart[:, i]) for i in (0, 1))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(
+    "tidy",
+    [
+        {"fill_holes": True},
+        {"smallest_area": 0.1},
+        {"grow": 2},
+        {"grow": -2},
+        {"feather": 3.0},
+        {"invert": True},
+        {"fill_holes": True, "smallest_area": 0.1, "grow": 2, "feather": 1.5, "invert": True},
+    ],
+    ids=lambda tidy: "+".join(tidy),
+)
+def test_concepts_combined_are_cleaned_like_one_that_covers_them_all(tidy, soft):
+    """A ring whose halves are a cat and a dog, neither of which has a hole or a tenth of the image."""
+    cat, dog = 0.1 * torch.ones(2, 32, 32)
+    cat[8:24, 8:16], dog[8:24, 16:24] = 0.9, 0.8
+    cat[12:20, 12:16] = dog[12:20, 16:20] = 0.1
+    dog[2, 2] = 0.8
+    halves = maps_of(torch.stack([cat, dog])[None], Concepts(("cat", "dog"), ()), (32, 32))
+    whole = maps_of(torch.maximum(cat, dog)[None, None], Concepts(("ring",), ()), (32, 32))
+    options = {"method": "fixed", "soft": soft, **tidy}
+    together, _ = concept_masks(halves, ["cat", "dog"], combine=True, **options)
+    assert torch.equal(together, concept_masks(whole, ["ring"], **options)[0])
+
+
+@pytest.mark.parametrize("grow", [-2, 0, 2])
+def test_parts_are_those_of_each_concept_whether_combined_or_not_and_lie_in_the_mask(grow):
+    options = {"fill_holes": True, "smallest_area": 0.02, "grow": grow}
+    masks, found = concept_masks(crowd(), ["cat", "dog"], combine=True, **options)
+    assert found == concept_masks(crowd(), ["cat", "dog"], **options)[1]
+    assert {part.concept for part in found[0]} == {"cat", "dog"}
+    for mask, image in zip(masks[:, 0], found, strict=True):
+        assert all(mask[y, x] == 1 for x, y in (part.peak for part in image))
+
+
+def test_what_is_too_small_alone_gets_no_part_but_stays_beside_another_concept():
+    cat, dog = torch.zeros(2, 32, 32)
+    cat[8:16, 8:16], dog[8:16, 16:18] = 0.9, 0.9
+    maps = maps_of(torch.stack([cat, dog])[None], Concepts(("cat", "dog"), ()), (32, 32))
+    options = {"method": "fixed", "smallest_area": 0.05}
+    masks, found = concept_masks(maps, ["cat", "dog"], combine=True, **options)
+    assert [part.concept for part in found[0]] == ["cat"]
+    assert masks[0, 0, 10, 17] == 1
+    assert not concept_masks(maps, ["cat", "dog"], **options)[0][0, 1].any()

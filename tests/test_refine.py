@@ -6,7 +6,7 @@ from torch import Tensor
 
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.maps import upscale
-from concept_attention.core.masks import METHODS, concept_mask, concept_masks, segment
+from concept_attention.core.masks import METHODS, concept_masks, segment
 from concept_attention.core.refine import guided_filter, refine
 from concept_attention.nodes.concept_mask import ConceptMask
 from concept_attention.nodes.concept_segmentation import ConceptSegmentation
@@ -51,8 +51,8 @@ def test_a_mask_snaps_to_the_edge_of_the_image(side):
     maps = maps_of(halves(0.5)[None], CONCEPTS, (128, 128))
     image = picture(side, side, edge=0.45)
     truth = image[..., 2] > 0.5
-    plain = concept_mask(maps, "cat", size=(side, side))[0].bool()
-    refined = concept_mask(maps, "cat", guide=image[None])[0].bool()
+    plain = concept_masks(maps, ["cat"], size=(side, side))[0][0, 0].bool()
+    refined = concept_masks(maps, ["cat"], guide=image[None])[0][0, 0].bool()
     assert iou(plain, truth) < 0.92
     assert iou(refined, truth) > 0.99
 
@@ -85,8 +85,8 @@ def test_a_thing_that_is_smaller_than_a_patch_takes_its_shape():
     maps = maps_of(0.9 * values[None] + 0.1 / 3, CONCEPTS, (128, 128))
     truth = image[..., 0] > 0.5
     options = {"method": "otsu"}
-    plain = concept_mask(maps, "cat", **options)[0].bool()
-    refined = concept_mask(maps, "cat", guide=image[None], **options)[0].bool()
+    plain = concept_masks(maps, ["cat"], **options)[0][0, 0].bool()
+    refined = concept_masks(maps, ["cat"], guide=image[None], **options)[0][0, 0].bool()
     assert iou(refined, truth) > 0.85
     assert iou(plain, truth) < 0.6
 
@@ -98,8 +98,8 @@ def test_an_image_without_edges_leaves_masks_as_they_are(colour):
     values = 0.9 * torch.stack([cat, torch.zeros(8, 8), 1 - cat]) + 0.1 / 3
     maps = maps_of(values[None], CONCEPTS, (128, 128))
     blank = torch.full((1, 128, 128, 3), colour)
-    plain = concept_mask(maps, "cat")[0].bool()
-    refined = concept_mask(maps, "cat", guide=blank)[0].bool()
+    plain = concept_masks(maps, ["cat"])[0][0, 0].bool()
+    refined = concept_masks(maps, ["cat"], guide=blank)[0][0, 0].bool()
     assert iou(plain, refined) > 0.9
 
 
