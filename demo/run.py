@@ -104,7 +104,7 @@ def add_every_concept(graph: workflow.Graph) -> None:
     """Overlay and mask of every concept, where the example has one mask that is wide enough to repaint in."""
     image = workflow.inputs(graph, "Picture")["images"]
     mask = workflow.inputs(graph, "Concept Mask") | {"image": image, "refine": True}
-    mask |= {"concept": "", "fill_holes": False, "grow": 0, "feather": 0}
+    mask |= {"concept": "", "combine": False, "fill_holes": False, "grow": 0, "feather": 0}
     every = workflow.add(graph, "Mask of every concept", "ConceptMask", **mask)
     workflow.add(graph, "Masks", "MaskPreview", mask=[every, 0])
     overlay = {"concept": "", "colour_map": "magma", "opacity": 0.6, "scale": "all concepts"}

@@ -28,8 +28,16 @@ class ConceptMask(io.ComfyNode):
                     default="",
                     dynamic_prompts=False,
                     tooltip=(
-                        "The name of a concept, or several separated by commas: one mask for each. "
+                        "The name of a concept, or several separated by commas. "
                         "Empty: every concept in the order of the list."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "combine",
+                    default=True,
+                    tooltip=(
+                        "One mask for each image: of all these concepts together. Off: one mask for each "
+                        "concept."
                     ),
                 ),
                 io.DynamicCombo.Input(
@@ -69,7 +77,15 @@ class ConceptMask(io.ComfyNode):
                 ),
                 io.Int.Input("grow", default=0, min=-512, max=512, tooltip="In pixels; negative shrinks."),
                 io.Float.Input(
-                    "feather", default=0.0, min=0.0, max=256.0, step=0.5, tooltip="Blur radius in pixels."
+                    "feather",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.5,
+                    tooltip=(
+                        "Blurs the edge: the standard deviation of a Gaussian, in pixels. The edge becomes "
+                        "soft for about three times as far on each side."
+                    ),
                 ),
                 io.Boolean.Input("invert", default=False),
                 io.Boolean.Input(
@@ -90,7 +106,12 @@ class ConceptMask(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Mask.Output(tooltip="For each image, one mask per concept, in the order of the list."),
+                io.Mask.Output(
+                    tooltip=(
+                        "For each image, one mask. With combine off, one per concept, in the order of the "
+                        "list."
+                    )
+                ),
                 io.BoundingBox.Output(
                     display_name="boxes",
                     tooltip=(
@@ -121,6 +142,7 @@ class ConceptMask(io.ComfyNode):
         grow: int,
         feather: float,
         invert: bool,
+        combine: bool = True,
         refine: bool = False,
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
@@ -130,11 +152,14 @@ class ConceptMask(io.ComfyNode):
                 "decoded from the LATENT that the maps belong to, or switch refine off."
             )
         names = split_names(concept) or maps.concepts.names
+        if image is not None:
+            image = images_of(maps, image)
         masks, found = concept_masks(
             maps,
             names,
+            combine=combine,
             size=None if image is None else tuple(image.shape[1:3]),
-            guide=images_of(maps, image) if refine else None,
+            guide=image if refine else None,
             method=method["method"],
             threshold=method.get("threshold", method.get("fraction", 0.5)),
             soft=soft,
@@ -147,7 +172,9 @@ class ConceptMask(io.ComfyNode):
         missing = {maps.index(name) for name in names}
         missing -= {maps.index(part.concept) for parts in found for part in parts}
         for index in sorted(missing):
-            logging.warning('Concept Mask found no "%s": the mask is empty.', maps.concepts.all[index])
+            logging.warning('Concept Mask found no "%s".', maps.concepts.all[index])
+        if image is not None and len(found) < len(image):  # frames that share one map
+            masks, found = masks.expand(len(image), -1, -1, -1), found * len(image)
         boxes = [
             [
                 dict(zip(("x", "y", "width", "height"), part.box, strict=True))

@@ -89,7 +89,7 @@ def test_the_nodes_work_with_their_defaults(latent):
     maps, masks, heatmaps = saliency(latent)
     assert masks.shape == (2, 96, 128)
     assert heatmaps.shape == (2, 96, 128, 3)
-    assert mask(maps).shape == (2, 96, 128)
+    assert mask(maps).shape == (1, 96, 128)
 
 
 class Holder(torch.nn.Module):

@@ -756,6 +756,7 @@ def test_the_node_works_in_a_graph(tmp_path):
         "ConceptMask",
         maps=[maps, 0],
         concept=scene.regions[0].noun,
+        combine=True,
         method="argmax",
         soft=False,
         fill_holes=False,

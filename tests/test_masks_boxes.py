@@ -4,9 +4,11 @@ import json
 import logging
 from types import SimpleNamespace
 
+import comfy.sampler_helpers
 import pytest
 import torch
 
+import nodes
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.masks import concept_masks, parts
 from concept_attention.nodes.concept_mask import ConceptMask
@@ -105,7 +107,7 @@ def test_the_peak_of_a_ring_is_on_the_ring():
 
 
 def test_boxes_are_listed_for_each_image_and_masks_image_by_image():
-    masks, boxes, points = cut("dog, cat")
+    masks, boxes, points = cut("dog, cat", combine=False)
     assert masks.shape == (4, 128, 128)
     assert [[box["label"] for box in image] for image in boxes] == [["dog", "cat", "cat"], ["dog"]]
     first_dog, first_cat, second_dog, second_cat = masks
@@ -126,12 +128,12 @@ def test_every_box_holds_its_point_and_touches_the_mask_on_all_sides():
 
 
 def test_boxes_are_in_pixels_of_the_image_that_gives_the_size():
-    image = torch.zeros(1, 512, 256, 3)
+    image = torch.zeros(1, 500, 460, 3)
     masks, boxes, _ = cut("dog", image=image)
     small = cut("dog")[1][1][0]
     (large,) = boxes[1]
-    assert masks.shape == (2, 512, 256)
-    for key, factor in (("x", 2), ("width", 2), ("y", 4), ("height", 4)):
+    assert masks.shape == (2, 500, 460)
+    for key, factor in (("x", 460 / 128), ("width", 460 / 128), ("y", 500 / 128), ("height", 500 / 128)):
         assert large[key] == pytest.approx(factor * small[key], abs=2 * factor)
 
 
@@ -150,20 +152,60 @@ def test_boxes_hold_plain_numbers():
     assert json.loads(json.dumps(boxes)) == boxes
 
 
-def test_nothing_found_is_an_empty_mask_no_box_and_a_warning(caplog):
+@pytest.mark.parametrize("combine", [False, True])
+def test_nothing_found_is_no_mask_no_box_and_a_warning(caplog, combine):
     with caplog.at_level(logging.WARNING):
-        masks, boxes, points = cut("FISH, dog")
-    assert caplog.messages == ['Concept Mask found no "fish": the mask is empty.']
-    assert masks.shape == (4, 128, 128)
-    assert not masks[0::2].any()
+        masks, boxes, points = cut("FISH, dog", combine=combine)
+    assert caplog.messages == ['Concept Mask found no "fish".']
+    dog = cut("dog")[0]
+    if combine:
+        assert torch.equal(masks, dog)
+    else:
+        assert not masks[0::2].any()
+        assert torch.equal(masks[1::2], dog)
     assert [len(image) for image in boxes] == [len(json.loads(text)) for text in points] == [1, 1]
+    assert not cut("fish")[0].any()
     assert cut("fish")[1:] == ([[], []], ["[]", "[]"])
 
 
 def test_without_a_name_every_concept_but_no_background_is_cut():
-    masks, boxes, _ = cut()
+    masks, boxes, _ = cut(combine=False)
     assert len(masks) == 2 * len(CONCEPTS.names)
+    assert torch.equal(cut()[0], masks.unflatten(0, (2, -1)).amax(1))
+    assert not cut()[0].all()
     assert {box["label"] for image in boxes for box in image} == {"cat", "dog"}
+
+
+def test_by_default_each_image_has_one_mask_of_all_the_concepts_named():
+    masks, boxes, points = cut("dog, cat")
+    _, *apart = cut("dog, cat", combine=False)
+    assert masks.shape == (2, 128, 128)
+    assert masks[0, 40, 96] == masks[0, 32, 32] == masks[1, 88, 32] == 1
+    assert masks[0, 120, 8] == 0
+    assert [boxes, points] == apart
+
+
+def test_comfyuis_inpainting_nodes_repaint_every_concept_named():
+    """They take one mask for each image: of more, the one cuts off the rest and the other stops."""
+    masks = cut("dog, cat")[0]
+    latent = {"samples": torch.zeros(2, 16, 16, 16)}
+    noise_mask = nodes.SetLatentNoiseMask().set_mask(latent, masks)[0]["noise_mask"]
+    prepared = comfy.sampler_helpers.prepare_mask(noise_mask, (2, 16, 16, 16), torch.device("cpu"))
+    shrunk = torch.nn.functional.interpolate(masks[:, None], (16, 16), mode="bilinear")
+    assert torch.equal(prepared[:, :1], shrunk)
+
+    class VAE:
+        def spacial_compression_encode(self) -> int:
+            return 8
+
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            self.seen = pixels
+            return torch.zeros(len(pixels), 16, 16, 16)
+
+    vae = VAE()
+    encoded = nodes.VAEEncodeForInpaint().encode(vae, torch.ones(2, 128, 128, 3), masks, grow_mask_by=0)[0]
+    assert torch.equal(encoded["noise_mask"][:, 0], masks)
+    assert torch.equal(vae.seen[..., 0] == 0.5, masks == 1)
 
 
 def test_all_concepts_at_once_are_what_each_is_alone():

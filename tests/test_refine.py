@@ -160,7 +160,7 @@ def test_the_part_of_the_grid_outside_the_image_is_left_out():
 def test_each_image_of_a_batch_guides_its_own_maps():
     maps = maps_of(torch.stack([halves(0.45), halves(0.7)]), CONCEPTS, (128, 128))
     images = torch.stack([picture(edge=0.45), picture(edge=0.7)])
-    masks, boxes, points = cut(maps, "cat, dog", image=images, refine=True)
+    masks, boxes, points = cut(maps, "cat, dog", combine=False, image=images, refine=True)
     assert masks.shape == (4, 128, 128)
     assert len(boxes) == len(points) == 2
     assert torch.equal(masks[0].bool(), images[0, ..., 2] > 0.5)
@@ -188,11 +188,22 @@ def test_every_method_and_option_cuts_the_refined_maps(method):
     torch.testing.assert_close(soft, refine(halves(), picture())[0] * mask)
 
 
-def test_without_refine_an_image_gives_the_size_only():
+def test_without_refine_an_image_gives_size_and_number_only():
     maps = maps_of(halves()[None], CONCEPTS, (128, 128))
-    plain = concept_masks(maps, ["cat"], size=(200, 100))[0][0]
-    assert torch.equal(cut(maps, image=torch.rand(3, 200, 100, 3))[0], plain)
-    assert torch.equal(cut(maps, image=torch.rand(3, 200, 100, 3), refine=False)[0], plain)
+    plain = concept_masks(maps, ["cat"], size=(200, 210))[0][0]
+    assert torch.equal(cut(maps, image=torch.rand(3, 200, 210, 3))[0], plain.expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("combine", [False, True])
+@pytest.mark.parametrize("images,frames", [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_there_are_as_many_masks_boxes_and_points_with_refine_as_without(images, frames, combine):
+    maps = maps_of(halves().expand(images, -1, -1, -1), CONCEPTS, (128, 128))
+    image = picture().expand(frames, -1, -1, -1)
+    for refine_ in (False, True):
+        masks, boxes, points = cut(maps, "cat, dog", combine=combine, image=image, refine=refine_)
+        assert len(masks) == max(images, frames) * (1 if combine else 2)
+        assert len(boxes) == len(points) == max(images, frames)
+        assert all(len(found) == 2 for found in boxes)
 
 
 def test_refining_changes_neither_maps_nor_image():
@@ -212,12 +223,13 @@ def test_refining_needs_an_image():
         ConceptSegmentation.execute(maps, unassigned_below=0.0, opacity=0.6, legend=True, refine=True)
 
 
-def test_an_image_that_does_not_belong_to_the_maps_is_an_error():
+@pytest.mark.parametrize("refine_", [False, True])
+def test_an_image_that_does_not_belong_to_the_maps_is_an_error(refine_):
     maps = maps_of(halves().expand(2, -1, -1, -1), CONCEPTS, (128, 128))
     with pytest.raises(ValueError, match="3 images, but concept maps of 2"):
-        cut(maps, image=picture().expand(3, -1, -1, -1), refine=True)
+        cut(maps, image=picture().expand(3, -1, -1, -1), refine=refine_)
     with pytest.raises(ValueError, match="256 x 128 pixels.*128 x 128, which has another shape"):
-        cut(maps, image=picture(128, 256)[None], refine=True)
+        cut(maps, image=picture(128, 256)[None], refine=refine_)
 
 
 def test_images_with_an_alpha_channel_can_guide():

@@ -140,7 +140,7 @@ def test_a_workflow_with_too_many_or_too_few_widget_values_is_refused(definition
 def test_values_of_a_dynamic_combo_get_dotted_names(definitions):
     content = json.loads(INPAINT.read_text("utf-8"))
     (values,) = (n["widgets_values"] for n in content["nodes"] if n["type"] == "ConceptMask")
-    values[1:2] = ["fixed", 0.25]
+    values[2:3] = ["fixed", 0.25]
     inputs = workflow.inputs(workflow.to_api(content, definitions), "Concept Mask")
     assert inputs["method"] == "fixed"
     assert inputs["method.threshold"] == 0.25
@@ -181,7 +181,7 @@ def test_loaders_of_the_example_workflows_say_where_their_models_are_from():
 def test_the_swap_onto_the_demo_model_keeps_what_the_workflow_shows(definitions):
     content = json.loads((FOLDER / "concept_mask_to_inpaint_fill.json").read_text("utf-8"))
     (mask,) = (n for n in content["nodes"] if n["type"] == "ConceptMask")
-    mask["widgets_values"][1:2] = ["fixed", 0.25]
+    mask["widgets_values"][2:3] = ["fixed", 0.25]
     before = json.dumps(content)
     swapped = workflow.swap(content)
     assert json.dumps(content) == before
@@ -319,6 +319,35 @@ def test_repainting_changes_the_masked_concept_only(server, graph):
     changed = np.abs(result["Repainted"].astype(int) - result["Picture"]).mean(-1)
     inside = result["Mask"][..., 0] / 255
     assert changed[inside == 1].mean() > 4 * changed[inside == 0].mean()
+
+
+def test_several_concepts_are_repainted_together(server, graph):
+    """One mask, their union, goes through both of ComfyUI's nodes for repainting."""
+    together = workflow.inputs(graph, "Concept Mask")
+    together.update(concept="ball, grass", grow=0, feather=0.0)
+    workflow.inputs(graph, "Repaint prompt")["text"] = "a black house on the snow under the sky"
+    apart = workflow.add(graph, "Apart", "ConceptMask", **together | {"combine": False})
+    workflow.add(graph, "Masks", "MaskPreview", mask=[apart, 0])
+    vae = [workflow.find(graph, "Load VAE"), 0]
+    encoded = workflow.add(
+        graph,
+        "VAE Encode (for Inpainting)",
+        "VAEEncodeForInpaint",
+        pixels=workflow.inputs(graph, "Picture")["images"],
+        vae=vae,
+        mask=[workflow.find(graph, "Concept Mask"), 0],
+        grow_mask_by=0,
+    )
+    greyed = workflow.add(graph, "Greyed", "VAEDecode", samples=[encoded, 0], vae=vae)
+    workflow.add(graph, "Grey inside", "PreviewImage", images=[greyed, 0])
+    result = Result(server, graph)
+    (mask,), masks = result["Mask"][..., 0], result["Masks"][..., 0]
+    assert len(masks) == 2
+    assert np.array_equal(mask, masks.max(0))
+    for title in ("Repainted", "Grey inside"):
+        changed = np.abs(result[title].astype(int) - result["Picture"]).mean(-1)[0]
+        for own in masks:
+            assert changed[own == 255].mean() > 4 * changed[mask == 0].mean(), title
 
 
 def test_the_picture_is_the_same_without_concept_attention(server, graph):
