@@ -67,6 +67,13 @@ class Page:
     def boxes(self) -> list[list]:
         return self.page.evaluate(BOXES)
 
+    def show_advanced_inputs(self) -> None:
+        """Of every node. The classic canvas always shows them."""
+        if self.nodes_2:
+            buttons = self.page.get_by_text("Show advanced inputs")
+            buttons.evaluate_all("(buttons) => buttons.forEach((button) => button.click())")
+            self.page.wait_for_timeout(1000)
+
     def unknown(self) -> list[str]:
         """Types of nodes that the front end does not know."""
         types = self.page.evaluate("() => app.graph.nodes.map((node) => node.type)")
@@ -167,6 +174,9 @@ def test_every_node_is_known_and_has_room(server, page, path):
     page.screenshot(path.stem)
     assert page.unknown() == []
     assert page.red() == []
+    assert overlapping(page.boxes()) == []
+    page.show_advanced_inputs()
+    page.screenshot(f"{path.stem}_advanced")
     assert overlapping(page.boxes()) == []
     assert page.page.get_by_role("dialog").count() == 0
     assert page.complaints == []
