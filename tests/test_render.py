@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.figures import concepts_figure, layers_figures
@@ -24,6 +25,7 @@ from concept_attention.core.render import (
     COLOUR_MAPS,
     colourise,
     figure_image,
+    heatmap_images,
     images_of,
     overlay_images,
     segmentation_images,
@@ -94,6 +96,30 @@ def test_the_scale_is_that_of_all_concepts_even_when_few_are_shown():
 def test_an_overlay_without_opacity_contour_and_name_is_the_image():
     picture = bare(scene(), photo(), ["cat"], opacity=0.0)
     assert torch.equal(picture[0, 0], photo()[0])
+
+
+def test_the_heatmaps_of_each_image_go_from_zero_to_the_highest_value_there():
+    maps = scene(2).at_size(128, 256).flip(1)
+    for images in (maps, 0.3 * maps, torch.zeros_like(maps)):
+        heatmaps = heatmap_images(images)
+        for image, own in zip(heatmaps, images, strict=True):
+            assert torch.equal(image, colourise(own / (own.max() or 1.0)))
+
+
+def test_making_heatmaps_takes_little_memory_beside_them():
+    class Large(TorchDispatchMode):
+        """Where tensors are that take more than a single map."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if result.untyped_storage().nbytes() > maps[0, 0].nbytes:
+                places.add(result.untyped_storage().data_ptr())
+            return result
+
+    maps, places = torch.rand(4, 5, 64, 64), set()
+    with Large():
+        heatmaps = heatmap_images(maps)
+    assert places == {t.untyped_storage().data_ptr() for t in (maps, heatmaps)}
 
 
 def test_opacity_mixes_image_and_colours():
