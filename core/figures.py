@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ _TEXT, _TITLE, _TICKS = 8, 10, 7
 _LINE = 0.17
 _LINE_WIDTH = 0.5
 _PIXELS = 512  # longer side of a map in a figure
+_COLUMNS = 6  # concepts in a row, at most
 
 
 class _Sheet:
@@ -110,16 +112,15 @@ def concepts_figure(
     *,
     title: str = "",
     colour_map: str = "magma",
-    columns: int = 6,
 ) -> Figure:
     """The concepts of image ``index`` side by side, on one scale from 0 to the highest value of any, with a
-    colour bar. ``image`` (H, W, 3) comes first if given. ``columns`` is the most panels in a row."""
+    colour bar. ``image`` (H, W, 3) comes first if given."""
     names = maps.concepts.names
     planes = _planes(maps, maps.values[index, : len(names)])
     norm, measure = _scale(maps, planes.max())
     panels = [] if image is None else [("image", image.cpu().float().numpy())]
     panels += zip(names, planes, strict=True)
-    rows = -(-len(panels) // columns)
+    rows = -(-len(panels) // _COLUMNS)
     columns = -(-len(panels) // rows)
     size = _fit(maps.image_size, 1.5)
     sheet = _Sheet(rows, columns, size, title=title, header=1.2 * _LINE, between=1.5 * _LINE)
@@ -129,55 +130,86 @@ def concepts_figure(
     return sheet.figure
 
 
-def layers_figure(
+def layers_figures(
     maps: ConceptMaps,
-    name: str,
-    index: int = 0,
+    names: Sequence[str],
     *,
     layers: Sequence[int] | None = None,
     columns: int = 6,
     title: str = "",
     colour_map: str = "magma",
-) -> Figure:
-    """The maps of one concept in image ``index`` by layer (rows) and step (columns), all on one scale (the
-    paper's figures 6 and 7). Each is made as ``maps`` were, but from that layer and step alone.
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Figure]:
+    """For each image the figures of these concepts, one after the other: the concept's maps by layer (rows)
+    and step (columns), all on one scale (the paper's figures 6 and 7). Each map is made as ``maps`` were, but
+    from that layer and step alone.
 
     Args:
         layers: all that were recorded by default.
         columns: at most as many of the steps that ``maps`` were made from, evenly spaced.
         title: the concept's name by default.
+        progress: called now and then with what is done and what there is to do, counted in panels: each is
+            made once for all concepts of an image, and drawn, by who takes the figures, for each of them.
 
     Raises:
         ValueError: there is no such concept, or a layer was not recorded.
     """
-    concept = maps.index(name)
+    concepts = [maps.index(name) for name in names]
     recording = maps.recording
     layers = recording.layers if layers is None else layers
     spaced = torch.linspace(0, len(maps.steps) - 1, min(columns, len(maps.steps))).round().int().tolist()
     steps = [maps.steps[i] for i in spaced]
+    choice = {"softmax": maps.softmax, "temperature": maps.temperature, "grounding": maps.grounding}
+    panels = [(layer, step) for layer in layers for step in steps]
+    done, total = 0, len(maps.values) * len(panels) * (1 + len(concepts))
+    for index in range(len(maps.values)):
+        scores = {
+            space: tuple(s[:, index : index + 1] for s in each) for space, each in recording.scores.items()
+        }
+        alone = replace(recording, scores=scores)
+        values = []
+        for layer, step in panels:
+            progress(done, total)
+            made = concept_maps(alone, space=maps.space, layers=[layer], steps=[step], **choice)
+            values.append(made.values[0])
+            done += 1
+        for concept in concepts:
+            progress(done, total)
+            planes = torch.stack([panel[concept] for panel in values])
+            heading = title or maps.concepts.all[concept]
+            yield _layers_figure(maps, planes, layers, steps, heading, colour_map)
+            done += len(panels)
+    progress(done, total)
 
-    def plane(layer: int, step: int) -> Tensor:
-        choice = {"layers": [layer], "steps": [step], "space": maps.space}
-        made = {"softmax": maps.softmax, "temperature": maps.temperature, "grounding": maps.grounding}
-        return concept_maps(recording, **choice, **made).values[index, concept]
 
-    grid = [_planes(maps, torch.stack([plane(layer, step) for step in steps])) for layer in layers]
-    norm, measure = _scale(maps, max(row.max() for row in grid))
+def _layers_figure(
+    maps: ConceptMaps,
+    values: Tensor,
+    layers: Sequence[int],
+    steps: Sequence[int],
+    title: str,
+    colour_map: str,
+) -> Figure:
+    """``values`` (N, h, w) are those of each layer's steps, layer by layer."""
+    planes = _planes(maps, values)
+    norm, measure = _scale(maps, planes.max())
     sheet = _Sheet(
         len(layers),
         len(steps),
         _fit(maps.image_size, 0.8),
-        title=title or maps.concepts.all[concept],
+        title=title,
         header=2 * _LINE,
         between=_GAP,
         left=0.55,
     )
-    for row, layer in enumerate(layers):
-        for column, step in enumerate(steps):
-            sigma = recording.sigmas[recording.steps.index(step)]
-            above = f"step {step}\nσ {sigma:.3g}" if row == 0 else ""
-            axes = sheet.panel(row, column, grid[row][column], above, norm=norm, cmap=colour_map)
-            if column == 0:
-                axes.set_ylabel(f"layer {layer}", rotation="horizontal", ha="right", va="center", size=_TEXT)
+    for position, plane in enumerate(planes):
+        row, column = divmod(position, len(steps))
+        step = steps[column]
+        sigma = maps.recording.sigmas[maps.recording.steps.index(step)]
+        above = f"step {step}\nσ {sigma:.3g}" if row == 0 else ""
+        axes = sheet.panel(row, column, plane, above, norm=norm, cmap=colour_map)
+        if column == 0:
+            label = f"layer {layers[row]}"
+            axes.set_ylabel(label, rotation="horizontal", ha="right", va="center", size=_TEXT)
     sheet.colour_bar(norm, colour_map, measure)
     return sheet.figure

@@ -56,14 +56,24 @@ _DPI = 128  # a power of 2: pixels to inches and back without rounding
 
 def colourise(maps: Tensor, colour_map: str = "magma") -> Tensor:
     """Maps (..., H, W) in 0..1 as colours (..., H, W, 3), by the name of one of matplotlib's colour maps."""
-    table = torch.from_numpy(matplotlib.colormaps[colour_map].resampled(256)(range(256))[:, :3]).float()
-    return table[(maps.clamp(0, 1) * 255).round().long()]
+    return _colours(maps, torch.ones(maps.shape[:-2]), colour_map)
 
 
-def heatmap_images(maps: Tensor, colour_map: str = "magma") -> Tensor:
+def heatmap_images(maps: Tensor) -> Tensor:
     """Maps (B, K, H, W) as heatmaps (B, K, H, W, 3). All concepts of an image share one scale, from 0 to
     the highest value of any, so that an absent concept looks absent."""
-    return colourise(maps / _positive(maps.amax((1, 2, 3), keepdim=True)), colour_map)
+    highest = _positive(maps.amax((1, 2, 3)))
+    return _colours(maps, highest[:, None].expand(maps.shape[:2]), "magma")
+
+
+def _colours(maps: Tensor, highest: Tensor, colour_map: str) -> Tensor:
+    """Maps (..., H, W) as colours (..., H, W, 3), each from 0 to its own of ``highest`` (...)."""
+    table = torch.from_numpy(matplotlib.colormaps[colour_map].resampled(256)(range(256))[:, :3]).float()
+    colours = torch.empty(*maps.shape, 3)
+    for i in np.ndindex(maps.shape[:-2]):  # one by one: those of a batch are large together
+        entries = (maps[i] / highest[i]).clamp_(0, 1).mul_(255).round_().int()
+        torch.index_select(table, 0, entries.flatten(), out=colours[i].view(-1, 3))
+    return colours
 
 
 def _positive(highest: Tensor) -> Tensor:

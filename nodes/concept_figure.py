@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
+import comfy.model_management
+import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
 from ..core.concepts import split_names
-from ..core.figures import concepts_figure, layers_figure
+from ..core.figures import concepts_figure, layers_figures
 from ..core.recording import parse_layers
 from ..core.render import COLOUR_MAPS, figure_image, images_of
 from .types import CATEGORY, ConceptMapsType
@@ -89,21 +92,32 @@ class ConceptFigure(io.ComfyNode):
         batch = range(len(maps.values))
         if layout["layout"] == "concepts":
             images = [None] * len(batch) if image is None else images_of(maps, image)
-            figures = [concepts_figure(maps, i, images[i], **style) for i in batch]
+            figures = (concepts_figure(maps, i, images[i], **style) for i in batch)
         else:
             recording = maps.recording
             layers = parse_layers(
                 layout["layers"], available=recording.layers, default=recording.default_layers
             )
-            figures = [
-                layers_figure(maps, name, i, layers=layers, columns=layout["steps"], **style)
-                for i in batch
-                for name in split_names(layout["concept"]) or maps.concepts.names
-            ]
-        pictures = torch.stack([figure_image(figure, dpi) for figure in figures])
+            names = split_names(layout["concept"]) or maps.concepts.names
+            bar = comfy.utils.ProgressBar(1)
+
+            def progress(done: int, total: int) -> None:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                bar.update_absolute(done, total)
+
+            figures = layers_figures(
+                maps, names, layers=layers, columns=layout["steps"], progress=progress, **style
+            )
+        pictures, vectors = [], []
+        for figure in figures:  # one at a time: each has large maps
+            pictures.append(figure_image(figure, dpi))
+            if vector != "none":
+                file = BytesIO()
+                figure.savefig(file, format=vector, dpi=dpi)
+                vectors.append(file.getvalue())
+        pictures = torch.stack(pictures)
         saved = ui.ImageSaveHelper.get_save_images_ui(pictures, filename_prefix, cls)
-        if vector != "none":
-            for figure, png in zip(figures, saved.results, strict=True):
-                folder = Path(folder_paths.get_output_directory(), png["subfolder"])
-                figure.savefig((folder / png["filename"]).with_suffix(f".{vector}"), dpi=dpi)
+        for content, png in zip(vectors, saved.results, strict=False):
+            folder = Path(folder_paths.get_output_directory(), png["subfolder"])
+            (folder / png["filename"]).with_suffix(f".{vector}").write_bytes(content)
         return io.NodeOutput(pictures, ui=saved)

@@ -10,6 +10,8 @@ from comfy_api.latest import io, ui
 from ..core.files import SUFFIX, load_maps, save_maps
 from .types import CATEGORY, ConceptMapsType
 
+FOLDER = "concept_maps"  # in the output folder
+
 
 class ConceptMapsSave(io.ComfyNode):
     @classmethod
@@ -27,7 +29,7 @@ class ConceptMapsSave(io.ComfyNode):
                 ConceptMapsType.Input("maps"),
                 io.String.Input(
                     "filename_prefix",
-                    default="concept_maps/ComfyUI",
+                    default=f"{FOLDER}/ComfyUI",
                     tooltip="In the output folder; may name a subfolder.",
                 ),
             ],
@@ -60,9 +62,30 @@ class ConceptMapsLoad(io.ComfyNode):
                 "Connect them to Concept Saliency to choose other layers or steps."
             ),
             search_aliases=["import concept maps", "load recording", "safetensors"],
-            inputs=[io.Combo.Input("file", options=_files(), tooltip=f'The files that end in "{SUFFIX}".')],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_files(),
+                    tooltip=(
+                        f'The files that end in "{SUFFIX}": in the input folder, in the output folder, and '
+                        f"anywhere in its subfolder {FOLDER}."
+                    ),
+                )
+            ],
             outputs=[ConceptMapsType.Output(display_name="maps")],
         )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        """A workflow may name any file in the two folders, also one that is not offered. None: it is not
+        known before the run, as another node gives it."""
+        if file is None:
+            return True
+        name, folder = folder_paths.annotated_filepath(file)
+        folder = Path(folder or folder_paths.get_input_directory())
+        path = folder / name
+        inside = path.is_relative_to(folder) and ".." not in Path(name).parts
+        return (inside and name.endswith(SUFFIX) and path.is_file()) or f'there is no "{file}"'
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> int:
@@ -74,10 +97,15 @@ class ConceptMapsLoad(io.ComfyNode):
 
 
 def _files() -> list[str]:
-    """Files of concept maps as ComfyUI writes them: those of the output folder are marked."""
-    folders = {"": folder_paths.get_input_directory(), " [output]": folder_paths.get_output_directory()}
-    return [
-        path.relative_to(folder).as_posix() + mark
-        for mark, folder in folders.items()
-        for path in sorted(Path(folder).rglob(f"*{SUFFIX}"))
-    ]
+    """Files to offer, as ComfyUI writes them: those of the output folder are marked. ComfyUI asks for them
+    whenever it describes the node, checks a workflow or runs it, so folders full of pictures are left out."""
+    input_, output = Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory())
+    found: dict[Path, str] = {}
+    for folder, pattern, mark in (
+        (input_, "*", ""),
+        (output, "*", " [output]"),
+        (output, f"{FOLDER}/**/*", " [output]"),
+    ):
+        for path in sorted(folder.glob(pattern + SUFFIX)):
+            found.setdefault(path, path.relative_to(folder).as_posix() + mark)
+    return list(found.values())

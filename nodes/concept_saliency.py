@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.maps import GROUNDINGS, ConceptMaps, concept_maps
+from ..core.maps import GROUNDINGS, ConceptMaps, concept_maps, upscale
 from ..core.recording import parse_layers, recording_of
 from ..core.render import heatmap_images
 from .types import CATEGORY, ConceptMapsType
@@ -111,5 +111,5 @@ class ConceptSaliency(io.ComfyNode):
             grounding=grounding,
         )
         count = len(maps.concepts.names)
-        shown = maps.at_size(*maps.image_size)[:, :count]
+        shown = upscale(maps.values[:, :count], maps.image_size, maps.coverage)
         return io.NodeOutput(maps, shown.flatten(0, 1), heatmap_images(shown).flatten(0, 1))

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import execution
 import folder_paths
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import nodes
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.files import SUFFIX, load_maps, save_maps
 from concept_attention.core.maps import ConceptMaps, concept_maps
@@ -142,14 +145,96 @@ def choices() -> list[str]:
 def test_what_save_wrote_can_be_chosen_and_loaded(folders):
     maps = made()
     for count in (1, 2):
-        result = ConceptMapsSave.execute(maps, "run/cat")
+        result = ConceptMapsSave.execute(maps, "concept_maps/run/cat")
         assert result.ui["files"][0]["filename"] == f"cat_0000{count}_{SUFFIX}"
+    ConceptMapsSave.execute(maps, "dog")
     (folders / "input" / "lora.safetensors").touch()
-    (folders / "output" / f"run/cat_00002_{SUFFIX}").rename(folders / "input" / f"sent{SUFFIX}")
-    assert choices() == [f"sent{SUFFIX}", f"run/cat_00001_{SUFFIX} [output]"]
+    saved = folders / "output" / "concept_maps" / "run"
+    (saved / f"cat_00002_{SUFFIX}").rename(folders / "input" / f"sent{SUFFIX}")
+    assert choices() == [
+        f"sent{SUFFIX}",
+        f"dog_00001_{SUFFIX} [output]",
+        f"concept_maps/run/cat_00001_{SUFFIX} [output]",
+    ]
     for file in choices():
         (loaded,) = ConceptMapsLoad.execute(file).args
         assert torch.equal(loaded.values, maps.values)
+
+
+def test_save_writes_where_load_looks_unless_told_otherwise(folders):
+    (prefix,) = (i for i in ConceptMapsSave.define_schema().inputs if i.id == "filename_prefix")
+    ConceptMapsSave.execute(made(), prefix.default)
+    assert choices() == [f"concept_maps/ComfyUI_00001_{SUFFIX} [output]"]
+
+
+def test_a_file_is_offered_once_where_input_and_output_are_one_folder(folders, monkeypatch):
+    monkeypatch.setattr(folder_paths, "input_directory", str(folders / "output"))
+    ConceptMapsSave.execute(made(), "cat")
+    assert choices() == [f"cat_00001_{SUFFIX}"]
+
+
+def accepted(file: str | list) -> bool:
+    """Whether ComfyUI starts a workflow that loads this file."""
+    prompt = {
+        "1": {"class_type": "ConceptMapsLoad", "inputs": {"file": file}},
+        "2": {"class_type": "ConceptMapsSave", "inputs": {"maps": ["1", 0], "filename_prefix": "x"}},
+        "3": {"class_type": "Name", "inputs": {}},
+    }
+    return asyncio.run(execution.validate_prompt("", prompt, None))[0]
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    """ComfyUI's list of nodes, with those that are needed here."""
+
+    class Name:
+        """Gives the name of a file."""
+
+        INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+        RETURN_TYPES = ("COMBO",)
+        FUNCTION = "run"
+
+    for cls in (ConceptMapsLoad, ConceptMapsSave, Name):
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, cls.__name__, cls)
+
+
+@pytest.mark.parametrize("folder, mark", [("input", ""), ("input", " [input]"), ("output", " [output]")])
+def test_a_workflow_may_name_a_file_in_a_folder_that_is_not_offered(folders, mapped, folder, mark):
+    path = folders / folder / "pictures" / "of cats" / f"a{SUFFIX}"
+    path.parent.mkdir(parents=True)
+    save_maps(made(), path)
+    file = f"pictures/of cats/a{SUFFIX}{mark}"
+    assert not choices()
+    assert accepted(file)
+    (loaded,) = ConceptMapsLoad.execute(file).args
+    assert torch.equal(loaded.values, made().values)
+
+
+def test_a_file_that_another_node_names_is_not_known_before_the_run(folders, mapped):
+    assert accepted(["3", 0])
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        f"gone{SUFFIX}",
+        f"here{SUFFIX}",
+        "folder [output]",
+        f"folder{SUFFIX} [output]",
+        "lora.safetensors [output]",
+        f"../outside{SUFFIX}",
+        f"folder/../../outside{SUFFIX} [output]",
+        "",
+    ],
+)
+def test_what_is_no_file_of_maps_in_the_two_folders_is_refused(folders, mapped, file):
+    for path in (f"here{SUFFIX}", "lora.safetensors", f"../outside{SUFFIX}"):
+        (folders / "output" / path).touch()
+    for path in ("folder", f"folder{SUFFIX}"):
+        (folders / "output" / path).mkdir()
+    assert accepted(f"here{SUFFIX} [output]")
+    assert not accepted(file)
+    assert not accepted(str(folders / "outside") + SUFFIX)
 
 
 def test_a_file_that_was_written_again_is_loaded_again(folders):

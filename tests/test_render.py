@@ -5,21 +5,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.dom import minidom
 
+import comfy.model_management
+import comfy.utils
 import folder_paths
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from comfy.model_management import InterruptProcessingException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.figures import concepts_figure, layers_figure
-from concept_attention.core.maps import concept_maps
+from concept_attention.core.figures import concepts_figure, layers_figures
+from concept_attention.core.grounding import propagate_anchors
+from concept_attention.core.maps import GROUNDINGS, concept_maps
 from concept_attention.core.masks import segment
 from concept_attention.core.palette import difference, hex_colours, palette, seen
 from concept_attention.core.render import (
     COLOUR_MAPS,
     colourise,
     figure_image,
+    heatmap_images,
     images_of,
     overlay_images,
     segmentation_images,
@@ -90,6 +96,30 @@ def test_the_scale_is_that_of_all_concepts_even_when_few_are_shown():
 def test_an_overlay_without_opacity_contour_and_name_is_the_image():
     picture = bare(scene(), photo(), ["cat"], opacity=0.0)
     assert torch.equal(picture[0, 0], photo()[0])
+
+
+def test_the_heatmaps_of_each_image_go_from_zero_to_the_highest_value_there():
+    maps = scene(2).at_size(128, 256).flip(1)
+    for images in (maps, 0.3 * maps, torch.zeros_like(maps)):
+        heatmaps = heatmap_images(images)
+        for image, own in zip(heatmaps, images, strict=True):
+            assert torch.equal(image, colourise(own / (own.max() or 1.0)))
+
+
+def test_making_heatmaps_takes_little_memory_beside_them():
+    class Large(TorchDispatchMode):
+        """Where tensors are that take more than a single map."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if result.untyped_storage().nbytes() > maps[0, 0].nbytes:
+                places.add(result.untyped_storage().data_ptr())
+            return result
+
+    maps, places = torch.rand(4, 5, 64, 64), set()
+    with Large():
+        heatmaps = heatmap_images(maps)
+    assert places == {t.untyped_storage().data_ptr() for t in (maps, heatmaps)}
 
 
 def test_opacity_mixes_image_and_colours():
@@ -272,7 +302,7 @@ def test_names_of_any_kind_are_drawn_in_every_picture_and_format(tmp_path):
     overlay_images(maps, photo(1, 64, 96), HOSTILE)
     segmentation_images(segment(maps), HOSTILE, photo(1, 64, 96))
     figures = [concepts_figure(maps, title=HOSTILE[2])]
-    figures += [layers_figure(maps, name, layers=[0], columns=1) for name in HOSTILE[:2]]
+    figures += layers_figures(maps, HOSTILE[:2], layers=[0], columns=1)
     for figure in figures:
         assert figure_image(figure, 50).isfinite().all()
         for kind in ("svg", "pdf"):
@@ -304,7 +334,7 @@ def test_all_panels_of_a_figure_share_the_scale_of_its_colour_bar():
 
 def test_layers_are_rows_and_evenly_spaced_steps_are_columns():
     maps = concept_maps(recording(evaluations=9), steps=range(1, 8))
-    figure = layers_figure(maps, "ball", layers=[0, 2, 5], columns=3)
+    (figure,) = layers_figures(maps, ["ball"], layers=[0, 2, 5], columns=3)
     shown = panels(figure)
     assert len(shown) == 9
     assert [axes.get_title() for axes in shown[:3]] == [
@@ -315,17 +345,44 @@ def test_layers_are_rows_and_evenly_spaced_steps_are_columns():
     assert [axes.get_ylabel() for axes in shown[::3]] == ["layer 0", "layer 2", "layer 5"]
 
 
-def test_each_panel_is_the_map_of_its_layer_and_step_alone():
-    recorded = recording(batch=2, evaluations=2)
-    maps = concept_maps(recorded, temperature=2.0)
-    shown = panels(layers_figure(maps, "ball", 1, layers=[3, 4]))
-    expected = concept_maps(recorded, layers=[4], steps=[0], temperature=2.0).at_size(64, 96)[1, 1]
-    np.testing.assert_allclose(shown[2].images[0].get_array(), expected.numpy(), rtol=1e-5)
+@pytest.mark.parametrize("grounding", GROUNDINGS)
+def test_each_panel_is_the_map_of_its_concept_and_image_in_one_layer_and_step_alone(grounding):
+    concepts = Concepts(("cat", "ball", "tree", "cloud", "bird"), ("sky",))  # some of them look alike
+    recorded = recording(batch=2, evaluations=2, concepts=concepts)
+    choice = {"temperature": 2.0, "grounding": grounding}
+    figures = list(layers_figures(concept_maps(recorded, **choice), ["ball", "cat"], layers=[3, 4]))
+    assert [figure.texts[0].get_text() for figure in figures] == ["ball", "cat"] * 2
+    expected = concept_maps(recorded, layers=[4], steps=[0], **choice).at_size(64, 96)
+    for figure, map_ in zip(figures, expected[:, [1, 0]].flatten(0, 1), strict=True):
+        shown = panels(figure)[2].images[0].get_array()
+        np.testing.assert_allclose(shown, map_.numpy(), rtol=1e-5)
 
 
 def test_figures_of_raw_scores_say_so():
     maps = concept_maps(recording(), softmax=False)
-    assert layers_figure(maps, "cat", layers=[0], columns=1).axes[-1].get_ylabel() == "scaled score"
+    (figure,) = layers_figures(maps, ["cat"], layers=[0], columns=1)
+    assert figure.axes[-1].get_ylabel() == "scaled score"
+
+
+def test_the_maps_of_an_image_layer_and_step_are_made_once_for_all_concepts(monkeypatch):
+    walks = []
+
+    def counted(*image):
+        walks.append(image)
+        return propagate_anchors(*image)
+
+    maps = concept_maps(recording(batch=2), grounding="anchor propagation")
+    monkeypatch.setattr("concept_attention.core.maps.propagate_anchors", counted)
+    assert len(list(layers_figures(maps, maps.concepts.all, layers=[0, 2, 5], columns=2))) == 6
+    assert len(walks) == 2 * 3 * 2
+
+
+def test_progress_counts_the_panels_made_and_drawn_and_reaches_the_end():
+    seen = []
+    maps = concept_maps(recording(batch=2))
+    choice = {"layers": [0, 2], "columns": 2, "progress": lambda *counts: seen.append(counts)}
+    list(layers_figures(maps, ["cat", "sky"], **choice))
+    assert seen == [(n, 24) for n in (0, 1, 2, 3, 4, 8, 12, 13, 14, 15, 16, 20, 24)]
 
 
 def test_pictures_made_in_threads_are_those_made_one_by_one():
@@ -423,3 +480,33 @@ def test_concept_figure_makes_a_grid_for_each_image_and_concept(tmp_path, monkey
     assert len(result.args[0]) == 4
     with pytest.raises(ValueError, match="only: 0-5"):
         figure_node(concept_maps(recording()), {**layout, "layers": "9"}, tmp_path, monkeypatch)
+
+
+class Bar:
+    """A progress bar that gives the button to cancel to ``at``, when so much of the work is done."""
+
+    at = 0
+
+    def __init__(self, total, node_id=None):
+        pass
+
+    def update_absolute(self, value, total):
+        self.shown.append((value, total))
+        if value == self.at:
+            comfy.model_management.interrupt_current_processing()
+
+
+@pytest.fixture
+def bar(monkeypatch):
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    monkeypatch.setattr(Bar, "shown", [], raising=False)
+    yield Bar
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def test_a_grid_can_be_cancelled_half_way_and_saves_nothing(tmp_path, monkeypatch, bar):
+    monkeypatch.setattr(bar, "at", 20)
+    layout = {"layout": "layers and steps", "concept": "", "layers": "0, 2-3", "steps": 2}
+    with pytest.raises(InterruptProcessingException):
+        figure_node(concept_maps(recording(batch=2)), layout, tmp_path, monkeypatch)
+    assert not list(tmp_path.iterdir())
