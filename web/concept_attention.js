@@ -39,9 +39,11 @@ const live = new Set();
 const previews = new Map();
 /** The nodes of this run whose outputs are those of an earlier one. @type {Set<string>} */
 const cached = new Set();
-/** Results of workflows that were not open when they came, by execution id. @type {Map<string, Map<string, View>>} */
+/**
+ * Results of workflows that were not open when they came, by execution id.
+ * @type {Map<string, Map<string, View>>}
+ */
 const missed = new Map();
-
 /** How the panels go that came with a run. @type {WeakMap<LGraphNode, () => void>} */
 const removals = new WeakMap();
 
@@ -136,7 +138,10 @@ function showResult(node, view) {
   }
 }
 
-/** Show the result that was there before the page was reloaded, if the node would still get it. @param {LGraphNode} node */
+/**
+ * Show the result that was there before the page was reloaded, if the node would still get it.
+ * @param {LGraphNode} node
+ */
 function showKept(node) {
   const kept = JSON.parse(sessionStorage.getItem(storageKey(node)) ?? "null");
   if (kept?.origin === origin(node)) panels.get(node)?.show(kept.view);

@@ -28,6 +28,8 @@ import { fill, texts } from "./texts.mjs";
 
 /** The most pixels along a side that are drawn on screen; copying takes the picture's own size. */
 const LARGEST = 1536;
+/** Pixels along the longer side where there is no picture. */
+const WITHOUT_PICTURE = 512;
 const CARD_ROWS = 8;
 
 export class Panel {
@@ -449,7 +451,10 @@ export class Panel {
 
   /** Height and width of the picture. */
   #size() {
-    return this.#picture ?? this.#field(0);
+    if (this.#picture) return this.#picture;
+    const { width, height } = this.#field(0);
+    const scale = WITHOUT_PICTURE / Math.max(width, height);
+    return { width: Math.round(width * scale), height: Math.round(height * scale) };
   }
 
   /** @param {HTMLCanvasElement} canvas @param {number} pixel how many of its pixels make one on screen */
