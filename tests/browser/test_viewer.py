@@ -408,6 +408,22 @@ def test_a_reloaded_page_shows_the_result_without_a_run(viewer, recording):
     assert close_to(viewer.point(20, 41), heatmaps(recording)[0], 20, 41)
 
 
+def test_a_result_is_shown_although_the_browser_has_no_room_to_keep_it(viewer, recording):
+    viewer.page.evaluate(
+        """() => {
+            window.setItem = Storage.prototype.setItem;
+            Storage.prototype.setItem = function (key, value) {
+                if (key.startsWith("ConceptAttention")) throw new DOMException("full", "QuotaExceededError");
+                window.setItem.call(this, key, value);
+            };
+        }"""
+    )
+    viewer.load()
+    viewer.run()
+    viewer.page.evaluate("() => (Storage.prototype.setItem = window.setItem)")
+    assert close_to(viewer.point(20, 41), heatmaps(recording)[0], 20, 41)
+
+
 def test_a_workflow_with_other_values_does_not_show_a_result_that_it_would_not_get(viewer):
     viewer.open_workflow(viewer.workflow())
     viewer.run()
