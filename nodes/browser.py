@@ -28,6 +28,11 @@ def publish(maps: ConceptMaps) -> str:
     return key
 
 
+def workflow_id(extra_pnginfo: dict | None) -> str | None:
+    """The workflow that a run was queued from, of which the page may show another one by now."""
+    return ((extra_pnginfo or {}).get("workflow") or {}).get("id")
+
+
 def live_maps(node_id: str) -> LiveMaps:
     """A listener that sends the maps so far to the client whose workflow runs. They are shown by the
     viewers that they will reach, or else by the node ``node_id``."""
@@ -35,9 +40,11 @@ def live_maps(node_id: str) -> LiveMaps:
     def send(so_far: MapsSoFar) -> None:
         server = PromptServer.instance
         running, _ = server.prompt_queue.get_current_queue_volatile()
-        prompt = running[0][2] if running else {}
+        prompt, extra_data = running[0][2:4] if running else ({}, {})
+        nodes = downstream(prompt, node_id, "ConceptViewer") or [node_id]
         message = {
-            "nodes": downstream(prompt, node_id, "ConceptViewer") or [node_id],
+            "workflow": workflow_id(extra_data.get("extra_pnginfo")),
+            "nodes": {n: prompt[n]["class_type"] for n in nodes if n in prompt},
             "sampler": server.last_node_id,
             "evaluations": so_far.evaluations,
             "concepts": so_far.concepts.all,

@@ -7,11 +7,12 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..core.concepts import split_names
 from ..core.maps import ConceptMaps
 from ..core.palette import hex_colours
 from ..core.render import images_of
 from ..core.transport import pack, picture
-from .browser import publish
+from .browser import publish, workflow_id
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -60,6 +61,7 @@ class ConceptViewer(io.ComfyNode):
                 ),
                 io.String.Output(display_name="concept", tooltip="For the concept of Concept Mask."),
             ],
+            hidden=[io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -77,6 +79,7 @@ class ConceptViewer(io.ComfyNode):
         view = {
             **_description(maps),
             "key": publish(maps),
+            "workflow": workflow_id(cls.hidden.extra_pnginfo) if cls.hidden else None,
             "images": [
                 {
                     "recorded": i % len(packets),
@@ -86,7 +89,13 @@ class ConceptViewer(io.ComfyNode):
                 for i in range(count)
             ],
         }
-        return io.NodeOutput(threshold, concept, ui={"concept_view": [view]})
+        return io.NodeOutput(threshold, _known(concept, maps), ui={"concept_view": [view]})
+
+
+def _known(concept: str, maps: ConceptMaps) -> str:
+    """The names that the maps have. Others were picked in another list; the panel does not show them."""
+    names = {name.casefold(): name for name in maps.concepts.all}
+    return ", ".join(names[n.casefold()] for n in split_names(concept) if n.casefold() in names)
 
 
 def _description(maps: ConceptMaps) -> dict:
@@ -95,10 +104,10 @@ def _description(maps: ConceptMaps) -> dict:
         "concepts": maps.concepts.all,
         "colours": hex_colours(len(maps.concepts.all)),
         "shown": len(maps.concepts.names),
-        "size": maps.image_size,
         "grid": maps.values.shape[-2:],
         "coverage": maps.coverage,
         "softmax": maps.softmax,
+        "grounding": maps.grounding,
         "layers": recording.layers,
         "steps": recording.steps,
         "sigmas": [round(sigma, 4) for sigma in recording.sigmas],

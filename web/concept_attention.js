@@ -3,7 +3,11 @@
  *
  * @typedef {import("@comfyorg/comfyui-frontend-types").ComfyExtension} ComfyExtension
  * @typedef {Parameters<NonNullable<ComfyExtension["nodeCreated"]>>[0]} LGraphNode
- * @typedef {import("./panel.mjs").LiveView & {nodes: string[], sampler: string}} LiveMessage
+ * @typedef {import("./maps.mjs").View} View
+ *
+ * Maps of a run that was queued from `workflow`, for `nodes` of it, by their execution ids and classes.
+ * @typedef {import("./panel.mjs").LiveView
+ *   & {workflow: string | null, nodes: Record<string, string>, sampler: string}} LiveMessage
  */
 
 import { app } from "../../scripts/app.js";
@@ -29,10 +33,19 @@ const panels = new WeakMap();
 /** Nodes 2.0 keeps a widget's element on the page for the next widget of the same node id and type, which
  * after undo or on loading a workflow again is another one: so each has a type of its own. */
 let widgets = 0;
-/** The panels that show a run. @type {Set<Panel>} */
+/** The nodes that show a run. @type {Set<LGraphNode>} */
 const live = new Set();
 /** The latest preview of each sampler in this run. @type {Map<string, Blob>} */
 const previews = new Map();
+/** The nodes of this run whose outputs are those of an earlier one. @type {Set<string>} */
+const cached = new Set();
+/**
+ * Results of workflows that were not open when they came, by execution id.
+ * @type {Map<string, Map<string, View>>}
+ */
+const missed = new Map();
+/** How the panels go that came with a run. @type {WeakMap<LGraphNode, () => void>} */
+const removals = new WeakMap();
 
 /** @param {LGraphNode} node @param {Panel} panel */
 function addPanel(node, panel) {
@@ -58,16 +71,30 @@ function addPanel(node, panel) {
   element.addEventListener("pointermove", (event) => event.buttons & 4 && app.canvas.processMouseMove(event));
   element.addEventListener("pointerup", (event) => event.button === 1 && app.canvas.processMouseUp(event));
   panels.set(node, panel);
-  chain(node, "onRemoved", () => panel.dispose());
+  chain(node, "onRemoved", () => {
+    live.delete(node);
+    panel.dispose();
+  });
   return panel;
 }
 
-/** A panel that comes with the first maps and is not saved. @param {LGraphNode} node */
+/** A panel that comes with the first maps of a run. @param {LGraphNode} node */
 function addLivePanel(node) {
+  const height = node.size[1];
+  const { onSerialize } = node;
   const settings = { threshold: 0.5, picked: [], opacity: DEFAULT_OPACITY };
   const panel = addPanel(node, new Panel(load, settings, () => {}));
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  const [least, tall] = node.computeSize();
+  node.setSize([Math.max(node.size[0], least), Math.max(height, tall)]);
+  // A workflow that is saved while it runs keeps neither the panel nor the room for it.
+  chain(node, "onSerialize", (saved) => (saved.size[1] = height));
+  removals.set(node, () => {
+    node.onSerialize = onSerialize;
+    panels.delete(node);
+    panel.dispose();
+    node.removeWidget(widgetOf(node, "view"));
+    node.setSize([node.size[0], height]);
+  });
   return panel;
 }
 
@@ -95,23 +122,29 @@ function addViewer(node) {
     widget.options.hidden = true;
     chain(widget, "callback", () => panel.set(settings()));
   }
-  chain(node, "onExecuted", (output) => showResult(node, output));
-  chain(node, "onConfigure", () => {
-    panel.set(settings());
-    const view = sessionStorage.getItem(storageKey(node));
-    if (view) panel.show(JSON.parse(view));
-  });
+  chain(node, "onConfigure", () => panel.set(settings()));
   node.setSize([Math.max(node.size[0], 380), Math.max(node.size[1], 640)]);
 }
 
-/** @param {LGraphNode} node @param {any} output of a run */
-function showResult(node, output) {
-  const [view] = output[RESULT];
-  const panel = /** @type {Panel} */ (panels.get(node));
-  live.delete(panel);
-  panel.show(view);
+/** @param {LGraphNode} node @param {View} view */
+function showResult(node, view) {
+  live.delete(node);
+  panels.get(node)?.show(view);
   // For the page when it is reloaded. Kept in the workflow, it would count as a change of it.
-  sessionStorage.setItem(storageKey(node), JSON.stringify(view));
+  try {
+    sessionStorage.setItem(storageKey(node), JSON.stringify({ view, origin: origin(node) }));
+  } catch (error) {
+    console.info("Concept Attention: this result will not be there when the page is reloaded.", error);
+  }
+}
+
+/**
+ * Show the result that was there before the page was reloaded, if the node would still get it.
+ * @param {LGraphNode} node
+ */
+function showKept(node) {
+  const kept = JSON.parse(sessionStorage.getItem(storageKey(node)) ?? "null");
+  if (kept?.origin === origin(node)) panels.get(node)?.show(kept.view);
 }
 
 /** @param {LGraphNode} node */
@@ -120,11 +153,34 @@ function storageKey(node) {
 }
 
 /**
+ * What a node's result depends on: types and values of the nodes before it. What goes into a subgraph comes
+ * before all that is in it.
+ * @param {LGraphNode} node
+ */
+function origin(node) {
+  const { rootGraph } = app;
+  const everywhere = [rootGraph, ...rootGraph.subgraphs.values()].flatMap((graph) => graph.nodes);
+  const reached = new Set([/** @type {typeof everywhere[number]} */ (node)]);
+  // Also goes through those that are added on the way.
+  for (const one of reached) {
+    const givers = (one.inputs ?? []).map((_, slot) => one.getInputNode(slot));
+    const around = everywhere.filter((other) => other.isSubgraphNode() && other.subgraph === one.graph);
+    const within = one.isSubgraphNode() ? one.subgraph.nodes : [];
+    for (const other of [...givers, ...around, ...within]) if (other) reached.add(other);
+  }
+  reached.delete(node);
+  const values = [...reached].map(({ type, widgets = [] }) =>
+    JSON.stringify([type, ...widgets.filter((w) => w.serialize !== false).map((w) => w.value)]),
+  );
+  return values.sort().join();
+}
+
+/**
  * Names as core/concepts.py splits them.
  * @param {string} text
  */
 function splitNames(text) {
-  return text.split(",").map((name) => name.trim()).filter(Boolean);
+  return text.split(/[\n\r,]/).map((name) => name.trim().replace(/\s+/g, " ")).filter(Boolean);
 }
 
 /** @param {LGraphNode} node @param {string} name */
@@ -161,14 +217,44 @@ function nodeByLocator(locator) {
   return (subgraph ? root.subgraphs.get(subgraph) : root)?.getNodeById(number);
 }
 
-/** @param {LiveMessage} message */
+/** The other way round. @param {LGraphNode} node */
+function locatorOf({ id, graph }) {
+  return graph === app.rootGraph ? `${id}` : `${graph?.id}:${id}`;
+}
+
+/** Maps of a workflow that is not open are passed over; more come. @param {LiveMessage} message */
 function showLive(message) {
-  for (const id of message.nodes) {
+  if (message.workflow !== app.rootGraph.id) return;
+  for (const [id, type] of Object.entries(message.nodes)) {
     const node = nodeByExecutionId(id);
-    if (!node) continue;
+    if (node?.comfyClass !== type) continue;
     const panel = panels.get(node) ?? addLivePanel(node);
-    live.add(panel);
+    live.add(node);
     panel.showLive(message, previews.get(message.sampler));
+  }
+}
+
+/** The run ended, for some nodes without a result. */
+function endLive() {
+  for (const node of live) {
+    if (node.comfyClass === VIEWER) panels.get(node)?.endLive();
+    else removals.get(node)?.();
+  }
+  live.clear();
+}
+
+/**
+ * A result goes to the workflow that was queued, which may not be the one that is open; ComfyUI itself only
+ * looks for a node of that id. One from ComfyUI's cache may come from another workflow, but fits.
+ * @param {string} id of the node in the run @param {View} view
+ */
+function receive(id, view) {
+  const node = nodeByExecutionId(id);
+  if (view.workflow === app.rootGraph.id || cached.has(id)) {
+    if (node?.comfyClass === VIEWER) showResult(node, view);
+  } else if (view.workflow) {
+    const results = missed.get(view.workflow) ?? new Map();
+    missed.set(view.workflow, results.set(id, view));
   }
 }
 
@@ -222,8 +308,19 @@ app.registerExtension({
     api.addEventListener("reconnected", () => {
       told = "";
       tell();
+      endLive();
     });
-    api.addEventListener("execution_start", () => previews.clear());
+    api.addEventListener("execution_start", () => {
+      previews.clear();
+      cached.clear();
+    });
+    api.addEventListener("execution_cached", ({ detail }) => {
+      for (const id of detail.nodes) cached.add(`${id}`);
+    });
+    api.addEventListener("executed", ({ detail }) => {
+      const view = /** @type {any} */ (detail.output)?.[RESULT]?.[0];
+      if (view) receive(`${detail.display_node || detail.node}`, view);
+    });
     api.addEventListener("b_preview_with_metadata", ({ detail }) => {
       if (wantsLive) previews.set(detail.displayNodeId, detail.blob);
     });
@@ -235,21 +332,28 @@ app.registerExtension({
       },
     );
     for (const end of /** @type {const} */ (["execution_success", "execution_error", "execution_interrupted"])) {
-      api.addEventListener(end, () => {
-        for (const panel of live) panel.endLive();
-        live.clear();
-      });
+      api.addEventListener(end, endLive);
     }
     await translate();
   },
   nodeCreated(node) {
     if (node.comfyClass === VIEWER) addViewer(node);
   },
-  // An older run from the history, or a return to a workflow that ran in the meantime.
+  loadedGraphNode(node) {
+    if (node.comfyClass === VIEWER) showKept(node);
+  },
+  // An older run from the history, or a return to a workflow, which may have run in the meantime.
   onNodeOutputsUpdated(/** @type {Record<string, any>} */ outputs) {
+    const { id } = app.rootGraph;
+    for (const [executionId, view] of missed.get(id) ?? []) {
+      const node = nodeByExecutionId(executionId);
+      if (node) outputs[locatorOf(node)] = { [RESULT]: [view] };
+    }
+    missed.delete(id);
     for (const [locator, output] of Object.entries(outputs)) {
-      const node = nodeByLocator(locator);
-      if (node?.comfyClass === VIEWER && RESULT in output) showResult(node, output);
+      const view = output?.[RESULT]?.[0];
+      const node = view?.workflow === id && nodeByLocator(locator);
+      if (node && node.comfyClass === VIEWER) showResult(node, view);
     }
   },
 });

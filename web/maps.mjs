@@ -8,13 +8,14 @@
  * pictures may share the maps of one `recorded` image.
  * @typedef {object} View
  * @property {string} key
+ * @property {string | null} workflow the id of the one that it was queued from
  * @property {string[]} concepts background concepts last
  * @property {string[]} colours
  * @property {number} shown how many concepts are not background
- * @property {[number, number]} size height and width of the picture
  * @property {[number, number]} grid
  * @property {[number, number]} coverage
  * @property {boolean} softmax
+ * @property {string} grounding of the node's maps; those of other layers and steps are always the "paper"'s
  * @property {number[]} layers
  * @property {number[]} steps
  * @property {number[]} sigmas

@@ -5,18 +5,29 @@
  * @property {Float32Array} values concepts x rows x columns, in 0..1
  * @property {[number, number]} grid rows and columns
  * @property {[number, number]} coverage the share of the grid that the picture covers
+ *
+ * Pixels of a field and the range of their values.
+ * @typedef {{top: number, left: number, bottom: number, right: number, low: number, high: number}} Block
  */
 
-/** Pixels along the longer side of a field. */
+/** Pixels along the longer side of a field, where there are few concepts and where there are many. */
 const DETAIL = 512;
+const LESS_DETAIL = 256;
+const MANY = 16;
+/** Cells along the side of a block, which is passed over where no outline runs through it. */
+const BLOCK = 16;
 
 /** One concept's map at the resolution that it is drawn in. */
 export class Field {
+  /** @type {Block[] | null} */
+  #blocks = null;
+
   /** @param {Maps} maps @param {number} concept */
   constructor({ values, grid: [rows, columns], coverage }, concept) {
     const height = rows * coverage[0];
     const width = columns * coverage[1];
-    const detail = DETAIL / Math.max(height, width);
+    const many = values.length > MANY * rows * columns;
+    const detail = (many ? LESS_DETAIL : DETAIL) / Math.max(height, width);
     this.height = Math.round(height * detail);
     this.width = Math.round(width * detail);
     this.values = new Float32Array(this.height * this.width);
@@ -48,10 +59,42 @@ export class Field {
    * @param {number} threshold
    */
   outline(threshold) {
-    const { values, width, height } = this;
     const path = new Path2D();
-    for (let i = 0; i + 1 < height; i++) {
-      for (let j = 0; j + 1 < width; j++) {
+    this.#blocks ??= this.#divide();
+    for (const block of this.#blocks) {
+      if (block.low <= threshold && threshold < block.high) this.#trace(path, block, threshold);
+    }
+    return path;
+  }
+
+  /** The blocks of cells between pixels, with their lowest and highest values. */
+  #divide() {
+    const { values, width, height } = this;
+    /** @type {Block[]} */
+    const blocks = [];
+    for (let top = 0; top + 1 < height; top += BLOCK) {
+      const bottom = Math.min(top + BLOCK, height - 1);
+      for (let left = 0; left + 1 < width; left += BLOCK) {
+        const right = Math.min(left + BLOCK, width - 1);
+        let low = Infinity;
+        let high = -Infinity;
+        for (let i = top; i <= bottom; i++) {
+          for (let k = i * width + left; k <= i * width + right; k++) {
+            if (values[k] < low) low = values[k];
+            if (values[k] > high) high = values[k];
+          }
+        }
+        blocks.push({ top, left, bottom, right, low, high });
+      }
+    }
+    return blocks;
+  }
+
+  /** @param {Path2D} path @param {Block} block @param {number} threshold */
+  #trace(path, { top, left, bottom, right }, threshold) {
+    const { values, width } = this;
+    for (let i = top; i < bottom; i++) {
+      for (let j = left; j < right; j++) {
         const k = i * width + j;
         const a = values[k] - threshold;
         const b = values[k + 1] - threshold;
@@ -74,7 +117,6 @@ export class Field {
         }
       }
     }
-    return path;
   }
 }
 

@@ -28,6 +28,8 @@ import { fill, texts } from "./texts.mjs";
 
 /** The most pixels along a side that are drawn on screen; copying takes the picture's own size. */
 const LARGEST = 1536;
+/** Pixels along the longer side where there is no picture. */
+const WITHOUT_PICTURE = 512;
 const CARD_ROWS = 8;
 
 export class Panel {
@@ -48,7 +50,10 @@ export class Panel {
   #hovered = null;
   /** @type {[number, number] | null} row and column */
   #patch = null;
+  /** Whether a run is shown, or about to be. */
   #live = false;
+  /** What the status line says of the patch that the keyboard chose. */
+  #readout = "";
   /** Answers to all but the latest request are dropped. */
   #request = 0;
   #highest = 1;
@@ -77,7 +82,7 @@ export class Panel {
     });
     this.patch = make("div", { className: "patch", hidden: true });
     this.card = make("div", { className: "card", hidden: true });
-    this.notice = make("div", { className: "notice", textContent: texts.queue });
+    this.notice = make("div", { className: "notice", textContent: texts.run });
     this.frame = make("div", { className: "frame" }, this.canvas, this.patch);
     this.stage = make("div", { className: "stage" }, this.frame, this.notice, this.card);
     this.chips = make("div", { className: "chips", role: "group", ariaLabel: texts.concepts });
@@ -102,6 +107,7 @@ export class Panel {
       hidden: true,
     });
     this.copy = make("button", { type: "button", textContent: texts.copy, title: texts.copyHint });
+    this.plain = make("div", { className: "plain", textContent: texts.plain, hidden: true });
     this.element = make(
       "div",
       { className: "concept-viewer" },
@@ -114,6 +120,7 @@ export class Panel {
         this.threshold.row,
         this.layers.element,
         this.steps.element,
+        this.plain,
       ),
       make("div", { className: "bar" }, this.pager, this.scale, this.status, this.reset, this.copy),
     );
@@ -168,6 +175,7 @@ export class Panel {
   /** Show maps of a run that is still going on. @param {LiveView} live @param {Blob | undefined} preview */
   async showLive(live, preview) {
     const request = this.#begin();
+    this.#live = true;
     const { concepts, colours, shown, grid, coverage } = live;
     const size = concepts.length * grid[0] * grid[1];
     const packet = Uint8Array.from(atob(live.maps), (c) => c.charCodeAt(0));
@@ -178,7 +186,6 @@ export class Panel {
     if (request !== this.#request) return;
     const values = new Float32Array(size);
     frames.addTo(values, [0]);
-    this.#live = true;
     this.#picture = picture;
     this.#setScene({ concepts, colours, shown, grid, coverage, values });
     this.status.textContent = fill(texts.sampling, live.evaluations);
@@ -188,8 +195,11 @@ export class Panel {
   /** The run of `showLive` ended without a result for this panel. */
   async endLive() {
     if (!this.#live) return;
+    // Maps that are still being unpacked come too late.
+    const request = this.#begin();
     this.status.textContent = "";
     if (this.#view) await this.#open();
+    this.#end(request);
   }
 
   dispose() {
@@ -212,6 +222,7 @@ export class Panel {
       this.#picture = picture;
       this.#setScene({ concepts, colours, shown, grid, coverage, values });
       this.status.textContent = "";
+      this.#forget();
     } catch (error) {
       if (request === this.#request) this.#fail(error);
     } finally {
@@ -316,9 +327,11 @@ export class Panel {
         const sigma = view.sigmas[this.#evaluations[0]];
         this.steps.label.textContent += ` · σ ${sigma.toFixed(3)}`;
       }
-      this.reset.hidden =
-        same(this.#layers, view.chosen_layers) && same(this.#evaluations, chosenEvaluations(view));
     }
+    const given =
+      !view || (same(this.#layers, view.chosen_layers) && same(this.#evaluations, chosenEvaluations(view)));
+    this.reset.hidden = given;
+    this.plain.hidden = given || view.grounding === "paper";
     if (scene) this.#updateChips(scene);
     this.#redraw();
   }
@@ -333,12 +346,12 @@ export class Panel {
         all,
         ...concepts.map((concept, index) => {
           const button = chip(concept, colours[index], (event) => {
-            const { picked } = this.settings;
-            const rest = picked.filter((name) => name !== concept);
+            const picked = this.#picked();
+            const rest = picked.filter((other) => other !== index);
             if (event.ctrlKey || event.metaKey || event.shiftKey) {
-              this.#pick(rest.length < picked.length ? rest : [...picked, concept]);
+              this.#pick(rest.length < picked.length ? rest : [...picked, index]);
             } else {
-              this.#pick(picked.length === 1 && picked[0] === concept ? [] : [concept]);
+              this.#pick(picked.length === 1 && picked[0] === index ? [] : [index]);
             }
           });
           button.title = `${concept}\n${texts.chip}`;
@@ -355,18 +368,26 @@ export class Panel {
     });
   }
 
-  /** Indexes of the concepts picked; names of an older list are passed over. */
+  /** Indexes of the concepts picked, whatever their case; names of an older list are passed over. */
   #picked() {
+    const picked = new Set(this.settings.picked.map((name) => name.toLowerCase()));
     const concepts = this.#scene?.concepts ?? [];
-    return concepts.flatMap((name, index) => (this.settings.picked.includes(name) ? [index] : []));
+    return concepts.flatMap((name, index) => (picked.has(name.toLowerCase()) ? [index] : []));
   }
 
-  /** @param {string[]} picked */
+  /** @param {number[]} picked */
   #pick(picked) {
-    const order = this.#scene?.concepts ?? [];
+    const concepts = this.#scene?.concepts ?? [];
     this.#hovered = null;
-    this.set({ picked: order.filter((name) => picked.includes(name)) });
+    this.set({ picked: concepts.filter((_, index) => picked.includes(index)) });
     this.onChange({ picked: this.settings.picked });
+  }
+
+  /** Take what no chip shows as picked out of the settings, where Concept Mask would find it. */
+  #forget() {
+    const picked = this.#picked();
+    const names = picked.map((index) => this.#scene?.concepts[index]);
+    if (names.join() !== this.settings.picked.join()) this.#pick(picked);
   }
 
   /** @param {number | null} concept */
@@ -430,7 +451,10 @@ export class Panel {
 
   /** Height and width of the picture. */
   #size() {
-    return this.#picture ?? this.#field(0);
+    if (this.#picture) return this.#picture;
+    const { width, height } = this.#field(0);
+    const scale = WITHOUT_PICTURE / Math.max(width, height);
+    return { width: Math.round(width * scale), height: Math.round(height * scale) };
   }
 
   /** @param {HTMLCanvasElement} canvas @param {number} pixel how many of its pixels make one on screen */
@@ -489,6 +513,7 @@ export class Panel {
   /** Show the concepts at a patch, highest first. @param {[number, number] | null} patch */
   #point(patch) {
     this.#patch = patch;
+    this.#read("");
     const scene = this.#scene;
     this.patch.hidden = this.card.hidden = !patch || !scene;
     if (!patch || !scene) return;
@@ -499,14 +524,10 @@ export class Panel {
     box.top = `${(100 * row) / rows}%`;
     box.width = `${100 / columns}%`;
     box.height = `${100 / rows}%`;
-    const size = scene.grid[0] * scene.grid[1];
-    const at = row * scene.grid[1] + column;
-    const ranked = scene.concepts
-      .map((name, index) => ({ name, colour: scene.colours[index], value: scene.values[index * size + at] }))
-      .sort((a, b) => b.value - a.value);
+    const lines = ranked(scene, patch);
     const fitting = Math.max(3, Math.min(CARD_ROWS, Math.floor((this.stage.clientHeight - 40) / 18)));
     this.card.replaceChildren(
-      ...ranked.slice(0, fitting).map(({ name, colour, value }) => {
+      ...lines.slice(0, fitting).map(({ name, colour, value }) => {
         const bar = make("i");
         bar.style.setProperty("--share", `${Math.min(1, value)}`);
         const line = make(
@@ -520,8 +541,8 @@ export class Panel {
         return line;
       }),
     );
-    if (ranked.length > fitting) {
-      this.card.append(make("div", { className: "more", textContent: fill(texts.more, ranked.length - fitting) }));
+    if (lines.length > fitting) {
+      this.card.append(make("div", { className: "more", textContent: fill(texts.more, lines.length - fitting) }));
     }
     this.#placeCard();
   }
@@ -548,12 +569,20 @@ export class Panel {
     const [rows, columns] = patches(this.#scene);
     const stride = event.shiftKey ? 8 : 1;
     const [row, column] = this.#patch ?? [Math.floor(rows / 2), Math.floor(columns / 2)];
-    this.#point([
+    /** @type {[number, number]} */
+    const patch = [
       Math.min(rows - 1, Math.max(0, row + stride * move[0])),
       Math.min(columns - 1, Math.max(0, column + stride * move[1])),
-    ]);
-    const [first, second] = this.card.children;
-    this.status.textContent = `${first.textContent}, ${second?.textContent ?? ""}`;
+    ];
+    this.#point(patch);
+    const highest = ranked(this.#scene, patch).slice(0, 2);
+    this.#read(highest.map(({ name, value }) => `${name} ${value.toFixed(3)}`).join(", "));
+  }
+
+  /** Say what is at the keyboard's patch, or nothing any more. @param {string} readout */
+  #read(readout) {
+    if (readout || this.status.textContent === this.#readout) this.status.textContent = readout;
+    this.#readout = readout;
   }
 
   async #copy() {
@@ -561,26 +590,42 @@ export class Panel {
     const { width, height } = this.#size();
     const canvas = make("canvas", { width, height });
     this.#paint(canvas, Math.max(width, height) / 640);
-    /** @type {Promise<Blob>} */
-    const png = new Promise((resolve, reject) => {
-      canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error(texts.tooLarge))));
-    });
+    /** @type {Promise<any>} a Blob, or null of a picture that is too large */
+    const png = new Promise((resolve) => canvas.toBlob(resolve));
     try {
       await navigator.clipboard.write([new ClipboardItem({ "image/png": png })]);
       this.status.textContent = texts.copied;
     } catch {
       // Browsers allow it on secure pages only, which a ComfyUI in the local network is not.
-      const link = make("a", { href: URL.createObjectURL(await png), download: "concepts.png" });
-      link.click();
-      URL.revokeObjectURL(link.href);
-      this.status.textContent = fill(texts.saved, link.download);
+      this.#save(await png);
     }
+  }
+
+  /** @param {Blob | null} png */
+  #save(png) {
+    if (!png) {
+      this.status.textContent = texts.tooLarge;
+      return;
+    }
+    const link = make("a", { href: URL.createObjectURL(png), download: "concepts.png" });
+    link.click();
+    URL.revokeObjectURL(link.href);
+    this.status.textContent = fill(texts.saved, link.download);
   }
 }
 
 /** How many rows and columns of patches the picture has. @param {Scene} scene */
 function patches({ grid, coverage }) {
   return [Math.round(grid[0] * coverage[0]), Math.round(grid[1] * coverage[1])];
+}
+
+/** The concepts at a patch, highest first. @param {Scene} scene @param {[number, number]} patch */
+function ranked({ concepts, colours, grid, values }, [row, column]) {
+  const size = grid[0] * grid[1];
+  const at = row * grid[1] + column;
+  return concepts
+    .map((name, index) => ({ name, colour: colours[index], value: values[index * size + at] }))
+    .sort((a, b) => b.value - a.value);
 }
 
 /** @param {number[]} numbers in ascending order */

@@ -4,7 +4,7 @@
  */
 export const texts = {
   picture: "Picture with concept maps. The arrow keys move from patch to patch.",
-  queue: "Queue to see the concept maps.",
+  run: "Run the workflow to see the concept maps.",
   concepts: "Concepts",
   all: "All",
   chip: "Click: this one. Ctrl or Shift click: add or take away.",
@@ -26,7 +26,8 @@ export const texts = {
   sampling: "Sampling, %s so far",
   loading: "Loading…",
   more: "%s more below",
-  gone: "ComfyUI no longer has these maps. Queue again to see them.",
+  plain: "Without anchor propagation: layers and steps are shown as in the paper.",
+  gone: "ComfyUI no longer has these maps. Run the workflow again to see them.",
 };
 
 /** @param {string} text @param {string | number} value */

@@ -21,6 +21,15 @@ HERE = Path(__file__).parent
 ROWS, COLUMNS, BATCH = 64, 64, 2
 # half a level, and half of the third decimal that the viewer shows
 TOLERANCE = 1 / 510 + 0.0005
+# What the server says of runs.
+HEAR = """async () => {
+    const { api } = await import("/scripts/api.js");
+    window.heard = { live: [], end: "" };
+    api.addEventListener("concept_attention.maps", ({ detail }) => window.heard.live.push(detail));
+    for (const type of ["execution_success", "execution_error", "execution_interrupted"]) {
+        api.addEventListener(type, () => (window.heard.end = type));
+    }
+}"""
 VIEWER = "app.graph.nodes.find((n) => n.comfyClass === 'ConceptViewer')"
 
 spec = importlib.util.spec_from_file_location("made_up", HERE / "pack" / "made_up.py")
@@ -54,6 +63,7 @@ class Viewer:
     def open(self) -> None:
         self.page.goto(self.url, wait_until="domcontentloaded")
         self.page.wait_for_function(READY)
+        self.page.evaluate(HEAR)
 
     @staticmethod
     def graph() -> dict:
@@ -65,6 +75,19 @@ class Viewer:
                 "inputs": {"maps": ["1", 0], "image": ["1", 1], "threshold": 0.5, "concept": ""},
             },
         }
+
+    def open_workflow(self, workflow: dict) -> None:
+        """In a tab of its own, with an id of its own unless it has one."""
+        self.page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+        self.page.wait_for_timeout(1000)
+
+    def workflow(self) -> dict:
+        """What is open, without its id."""
+        return {k: v for k, v in self.page.evaluate("() => app.graph.serialize()").items() if k != "id"}
+
+    def command(self, name: str) -> None:
+        self.page.evaluate("(name) => app.extensionManager.command.execute(name)", name)
+        self.page.wait_for_timeout(1000)
 
     def load(self, **nodes: dict) -> None:
         self.page.evaluate("(graph) => app.loadApiJson(graph, 'test')", {**self.graph(), **nodes})
@@ -88,6 +111,38 @@ class Viewer:
     def run(self) -> None:
         assert self.page.evaluate(RUN).startswith("execution_success")
         self.settle()
+
+    def start(self) -> None:
+        """Begin a run, up to its first maps."""
+        self.page.evaluate(
+            """async () => {
+                Object.assign(window.heard, { live: [], end: "" });
+                await app.queuePrompt(0, 1);
+            }"""
+        )
+        self.wait_for_maps()
+
+    def wait_for_maps(self) -> None:
+        """Until more have come, and were shown if they ever are."""
+        before = len(self.heard("live"))
+        self.page.wait_for_function("(before) => window.heard.live.length > before", arg=before)
+        self.page.wait_for_timeout(300)
+
+    def wait_for_end(self) -> str:
+        self.page.wait_for_function("() => window.heard.end")
+        return self.heard("end")
+
+    def heard(self, what: str):
+        return self.page.evaluate("(what) => window.heard[what]", what)
+
+    def nodes_with_a_panel(self) -> list[str]:
+        return self.page.evaluate(
+            """() => app.graph.nodes.filter((n) => n.widgets?.some((w) => w.name === "view"))
+                .map((n) => n.comfyClass)"""
+        )
+
+    def status(self) -> str:
+        return self.panel.locator(".status").text_content()
 
     @property
     def panel(self):
@@ -204,6 +259,23 @@ def test_chips_pick_concepts_and_the_workflow_keeps_them(viewer):
     assert viewer.inputs()["concept"] == ""
 
 
+@pytest.mark.parametrize(
+    "picked, shown, kept",
+    [
+        ("castle", ["All"], ""),
+        ("castle, ROCK", ["rock"], "rock"),
+        ("Sky,dragon", ["dragon", "sky"], "dragon, sky"),
+    ],
+)
+def test_what_the_workflow_keeps_is_what_the_chips_show(viewer, picked, shown, kept):
+    node = viewer.graph()["2"]
+    node["inputs"]["concept"] = picked
+    viewer.load(**{"2": node})
+    viewer.run()
+    assert viewer.pressed() == shown
+    assert viewer.inputs()["concept"] == kept
+
+
 def test_the_threshold_is_a_widget_that_the_workflow_keeps(viewer):
     viewer.slide("Threshold", 0.31)
     assert viewer.inputs()["threshold"] == pytest.approx(0.31)
@@ -220,11 +292,80 @@ def test_the_keyboard_moves_over_the_patches(viewer, recording):
     viewer.panel.locator("canvas").press("ArrowUp")
     viewer.page.keyboard.press("ArrowLeft")
     assert close_to(viewer.card(), heatmaps(recording)[0], ROWS // 2 - 1, COLUMNS // 2 - 1)
+    highest = [f"{name} {value:.3f}" for name, value in viewer.card().items()][:2]
+    assert viewer.status() == ", ".join(highest)
+    viewer.page.keyboard.press("Escape")
+    assert viewer.status() == ""
+    viewer.page.keyboard.press("ArrowUp")
+    assert viewer.status()
     strip = viewer.panel.get_by_label("Layers")
     strip.press("Home")
     assert strip.get_attribute("aria-valuetext") == "Layers 0"
     strip.press("a")
     assert strip.get_attribute("aria-valuetext") == "Layers all 19"
+    viewer.settle()
+    assert viewer.status() == ""
+
+
+def test_layers_and_steps_are_said_to_be_shown_without_anchor_propagation(viewer):
+    note = viewer.panel.get_by_text("Without anchor propagation")
+    viewer.panel.get_by_label("Layers").press("Home")
+    viewer.settle()
+    assert not note.is_visible()
+    node = viewer.graph()["1"]
+    node["inputs"]["grounding"] = "anchor propagation"
+    viewer.load(**{"1": node})
+    viewer.run()
+    assert not note.is_visible()
+    viewer.panel.get_by_label("Steps").press("Home")
+    viewer.settle()
+    assert note.is_visible()
+    viewer.panel.get_by_text("Reset").click()
+    viewer.settle()
+    assert not note.is_visible()
+
+
+def test_a_picture_that_is_too_large_to_copy_is_said_to_be(viewer):
+    viewer.page.evaluate(
+        """() => {
+            window.toBlob = HTMLCanvasElement.prototype.toBlob;
+            HTMLCanvasElement.prototype.toBlob = (callback) => callback(null);
+        }"""
+    )
+    viewer.panel.get_by_text("Copy").click()
+    viewer.page.wait_for_timeout(300)
+    viewer.page.evaluate("() => (HTMLCanvasElement.prototype.toBlob = window.toBlob)")
+    assert viewer.status() == "The picture is too large."
+
+
+@pytest.mark.parametrize("count", [2, 60])
+def test_an_outline_runs_through_every_cell_where_a_map_crosses_the_threshold(viewer, count):
+    crossed, traced = viewer.page.evaluate(
+        """async (count) => {
+            const { Field } = await import("/extensions/concept-attention/paint.mjs");
+            const length = count * 12 * 17;
+            const values = Float32Array.from({ length }, (_, i) => (Math.sin(i * i) + 1) / 2);
+            const field = new Field({ values, grid: [12, 17], coverage: [1, 0.9] }, 1);
+            let traced = 0;
+            const line = Path2D.prototype.lineTo;
+            Path2D.prototype.lineTo = () => traced++;
+            field.outline(0.4);
+            Path2D.prototype.lineTo = line;
+            const { width, height } = field;
+            const above = (i, j) => +(field.values[i * width + j] > 0.4);
+            let crossed = 0;
+            for (let i = 0; i + 1 < height; i++) {
+                for (let j = 0; j + 1 < width; j++) {
+                    const [a, b, c, d] = [above(i, j), above(i, j + 1), above(i + 1, j + 1), above(i + 1, j)];
+                    const count = a + b + c + d;
+                    if (count % 4) crossed += a === c && b === d ? 2 : 1;
+                }
+            }
+            return [crossed, traced];
+        }""",
+        count,
+    )
+    assert crossed == traced > 500
 
 
 def test_the_panel_speaks_the_language_of_the_front_end(viewer, server):
@@ -284,6 +425,37 @@ def test_a_reloaded_page_shows_the_result_without_a_run(viewer, recording):
     assert close_to(viewer.point(20, 41), heatmaps(recording)[0], 20, 41)
 
 
+def test_a_result_is_shown_although_the_browser_has_no_room_to_keep_it(viewer, recording):
+    viewer.page.evaluate(
+        """() => {
+            window.setItem = Storage.prototype.setItem;
+            Storage.prototype.setItem = function (key, value) {
+                if (key.startsWith("ConceptAttention")) throw new DOMException("full", "QuotaExceededError");
+                window.setItem.call(this, key, value);
+            };
+        }"""
+    )
+    viewer.load()
+    viewer.run()
+    viewer.page.evaluate("() => (Storage.prototype.setItem = window.setItem)")
+    assert close_to(viewer.point(20, 41), heatmaps(recording)[0], 20, 41)
+
+
+def test_a_workflow_with_other_values_does_not_show_a_result_that_it_would_not_get(viewer):
+    viewer.open_workflow(viewer.workflow())
+    viewer.run()
+    same = viewer.page.evaluate("() => app.graph.serialize()")
+    maps = {"batch": 1, "rows": ROWS, "columns": COLUMNS, "softmax": True, "grounding": "paper"}
+    node = {
+        **next(n for n in same["nodes"] if n["type"] == "TestMadeUpMaps"),
+        "widgets_values": [*maps.values()],
+    }
+    other = {**same, "nodes": [node if n["id"] == node["id"] else n for n in same["nodes"]]}
+    for workflow, chips in ((other, 0), (same, 1 + len(made_up.CONCEPTS))):
+        viewer.open_workflow(workflow)
+        assert viewer.panel.locator(".chip").count() == chips
+
+
 def test_a_workflow_loaded_again_has_a_panel_that_works(viewer, recording):
     """Nodes 2.0 would go on showing the panel of the node before."""
     viewer.panel.get_by_label("Layers").press("Home")
@@ -340,27 +512,151 @@ def run_of(seed: int) -> dict:
 def test_maps_arrive_while_it_samples_unless_switched_off(viewer, on):
     viewer.page.evaluate("(on) => app.extensionManager.setting.set('ConceptAttention.LivePreview', on)", on)
     viewer.load(**run_of(next(viewer.seeds)))
-    viewer.page.evaluate(
-        """async () => {
-            const { api } = await import("/scripts/api.js");
-            window.live = [];
-            api.addEventListener("concept_attention.maps", (e) => window.live.push(e.detail));
-        }"""
-    )
+    viewer.page.evaluate("() => (window.heard.live = [])")
     viewer.run()
-    messages = viewer.page.evaluate("() => window.live")
+    messages = viewer.heard("live")
     assert bool(messages) == on
     assert len(messages) <= 8  # of ten evaluations in two seconds
-    assert all(message["nodes"] == ["2"] and message["sampler"] == "3" for message in messages)
+    assert all(
+        message["nodes"] == {"2": "ConceptViewer"} and message["sampler"] == "3" for message in messages
+    )
 
 
-def test_without_a_viewer_the_node_that_observes_shows_them(viewer):
+@pytest.fixture
+def live(viewer) -> Viewer:
     viewer.page.evaluate("() => app.extensionManager.setting.set('ConceptAttention.LivePreview', true)")
-    maps, run = viewer.graph()["1"], run_of(next(viewer.seeds))["3"]
-    viewer.page.evaluate("(graph) => app.loadApiJson(graph, 'test')", {"1": maps, "3": run})
+    return viewer
+
+
+def test_without_a_viewer_the_node_that_observes_shows_them_until_the_run_ends(live):
+    load_run_alone(live)
+    sizes = "() => app.graph.serialize().nodes.map((node) => node.size)"
+    before = live.page.evaluate(sizes)
+    for _ in range(2):
+        set_seed(live)
+        live.start()
+        assert live.nodes_with_a_panel() == ["TestMadeUpRun"]
+        assert live.panel.locator(".chip").count() == 1 + len(made_up.CONCEPTS)
+        assert live.page.evaluate(sizes) == before
+        live.wait_for_end()
+        live.page.wait_for_timeout(500)
+        assert live.nodes_with_a_panel() == []
+        assert live.page.locator(".concept-viewer").count() == 0
+        assert live.page.evaluate(sizes) == before
+
+
+def load_run_alone(live: Viewer, evaluations: int = 10) -> None:
+    """A workflow with an id, in which maps can only be shown by the node that samples, "3"."""
+    run = run_of(next(live.seeds))["3"]
+    run["inputs"]["evaluations"] = evaluations
+    graph = {"1": live.graph()["1"], "3": run}
+    live.page.evaluate("(graph) => app.loadApiJson(graph, 'test')", graph)
+    live.page.evaluate("() => (app.graph.getNodeById('3').pos = [500, 60])")
+    live.open_workflow(live.workflow())
+
+
+def set_seed(live: Viewer) -> None:
+    """So that it runs again."""
+    live.page.evaluate(
+        """(seed) => {
+            const run = app.graph.nodes.find((n) => n.comfyClass === "TestMadeUpRun");
+            run.widgets.find((w) => w.name === "seed").value = seed;
+        }""",
+        next(live.seeds),
+    )
+
+
+def test_maps_are_shown_in_the_workflow_that_runs_and_no_other(live):
+    load_run_alone(live, evaluations=40)
+    copy = live.workflow()
+    live.start()
+    live.open_workflow(copy)
+    live.wait_for_maps()
+    assert live.nodes_with_a_panel() == []
+    live.command("Workspace.PreviousOpenedWorkflow")
+    live.wait_for_maps()
+    assert live.nodes_with_a_panel() == ["TestMadeUpRun"]
+    assert live.wait_for_end() == "execution_success"
+
+
+def test_maps_are_shown_by_nodes_of_the_class_that_they_are_for(live):
+    load_run_alone(live, evaluations=25)
+    live.start()
+    live.page.evaluate(
+        """() => {
+            app.graph.remove(app.graph.getNodeById("3"));
+            const other = LiteGraph.createNode("PreviewAny");
+            other.id = 3;
+            app.graph.add(other);
+        }"""
+    )
+    live.wait_for_maps()
+    assert live.nodes_with_a_panel() == []
+    live.wait_for_end()
+
+
+def test_a_result_goes_to_the_workflow_that_was_queued(live, recording):
+    live.load(**run_of(next(live.seeds)))
+    live.open_workflow(live.workflow())
+    copy = live.workflow()
+    live.start()
+    live.open_workflow(copy)
+    live.wait_for_end()
+    live.page.wait_for_timeout(500)
+    assert live.panel.get_by_text("Run the workflow to see the concept maps.").is_visible()
+    for _ in range(2):
+        live.command("Workspace.PreviousOpenedWorkflow")
+        live.resize(420, 720)
+        live.settle()
+        assert close_to(live.point(20, 41), heatmaps(recording)[0], 20, 41)
+        live.command("Workspace.NextOpenedWorkflow")
+        assert live.panel.locator(".notice").is_visible()
+
+
+def test_a_run_of_which_a_workflow_has_the_result_already_shows_it(viewer, recording):
+    """ComfyUI runs nothing again and sends what it sent for the other workflow."""
+    viewer.open_workflow(viewer.workflow())
+    viewer.resize(420, 720)
     viewer.run()
-    owner = "() => app.graph.nodes.find((n) => n.widgets?.some((w) => w.name === 'view')).comfyClass"
-    assert viewer.page.evaluate(owner) == "TestMadeUpRun"
+    assert close_to(viewer.point(20, 41), heatmaps(recording)[0], 20, 41)
+
+
+def test_an_interrupted_run_leaves_the_result_before_it(live, recording):
+    live.load(**run_of(next(live.seeds)))
+    live.run()
+    set_seed(live)
+    live.page.evaluate(
+        """() => {
+            const read = Response.prototype.arrayBuffer;
+            Response.prototype.arrayBuffer = async function () {
+                if (window.heard.live.length) await new Promise((resolve) => setTimeout(resolve, 700));
+                return read.call(this);
+            };
+        }"""
+    )
+    try:
+        live.start()
+        live.page.evaluate("async () => (await import('/scripts/api.js')).api.interrupt()")
+        assert live.wait_for_end() == "execution_interrupted"
+        live.page.wait_for_timeout(2000)
+        live.settle()
+        assert live.status() == ""
+        assert close_to(live.point(20, 41), heatmaps(recording)[0], 20, 41)
+    finally:
+        live.open()
+
+
+def test_there_is_nothing_to_reset_while_a_run_is_shown(live):
+    live.load(**run_of(next(live.seeds)))
+    live.run()
+    live.panel.get_by_label("Layers").press("Home")
+    live.settle()
+    reset = live.panel.get_by_text("Reset")
+    assert reset.is_visible()
+    set_seed(live)
+    live.start()
+    assert not reset.is_visible()
+    live.wait_for_end()
 
 
 def test_what_is_sent_stays_under_1_5_megabytes_and_waits_until_it_is_asked_for(viewer):

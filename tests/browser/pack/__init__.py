@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 
+import comfy.model_management
 import torch
 from comfy_api.latest import ComfyExtension, io
 
@@ -29,16 +30,17 @@ class MadeUpMaps(io.ComfyNode):
                 io.Int.Input("rows", default=64),
                 io.Int.Input("columns", default=64),
                 io.Boolean.Input("softmax", default=True),
+                io.String.Input("grounding", default="paper"),
             ],
             outputs=[io.Custom("CONCEPT_MAPS").Output(), io.Image.Output()],
         )
 
     @classmethod
-    def execute(cls, batch: int, rows: int, columns: int, softmax: bool) -> io.NodeOutput:
+    def execute(cls, batch: int, rows: int, columns: int, softmax: bool, grounding: str) -> io.NodeOutput:
         recording = made_up.recording(
             core("recording").Recording, core("concepts").Concepts, batch, rows, columns
         )
-        maps = core("maps").concept_maps(recording, softmax=softmax)
+        maps = core("maps").concept_maps(recording, softmax=softmax, grounding=grounding)
         axes = (torch.linspace(0, 1, n) for n in recording.image_size)
         ramp = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
         waves = 0.5 + 0.2 * torch.sin(24 * ramp.sum(-1, keepdim=True))
@@ -47,30 +49,42 @@ class MadeUpMaps(io.ComfyNode):
 
 
 class MadeUpRun(io.ComfyNode):
-    """A run of two seconds that is listened to."""
+    """A run that is listened to, five evaluations a second."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TestMadeUpRun",
-            inputs=[io.Custom("CONCEPT_MAPS").Input("maps"), io.Int.Input("seed", default=0)],
+            inputs=[
+                io.Custom("CONCEPT_MAPS").Input("maps"),
+                io.Int.Input("seed", default=0),
+                io.Int.Input("evaluations", default=10),
+            ],
             outputs=[io.Custom("CONCEPT_MAPS").Output()],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, maps, seed: int) -> io.NodeOutput:
+    def execute(cls, maps, seed: int, evaluations: int) -> io.NodeOutput:
         recording = core("recording")
         recorder = recording.Recorder(
-            maps.concepts, (0, 1), (0, 1), torch.linspace(1, 0, 11), 1, (32, 32), (512, 512), (1.0, 1.0)
+            maps.concepts,
+            (0, 1),
+            (0, 1),
+            torch.linspace(1, 0, evaluations + 1),
+            1,
+            (32, 32),
+            (512, 512),
+            (1.0, 1.0),
         )
         package = core("recording").__name__.rsplit(".core.", 1)[0]
         listener = importlib.import_module(f"{package}.nodes.browser").live_maps(cls.hidden.unique_id)
-        for scores in made_up.scores(1, 32, 32, steps=10, layers=2):
+        for scores in made_up.scores(1, 32, 32, steps=evaluations, layers=2):
             evaluation = recorder.evaluation(torch.ones(1))
             recorder.add(evaluation, recording.Pass(slice(0, 1), (0, 0), (0, 1), {"output": scores}))
             listener(recorder)
+            comfy.model_management.throw_exception_if_processing_interrupted()
             time.sleep(0.2)
         return io.NodeOutput(maps)
 
