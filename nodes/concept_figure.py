@@ -96,7 +96,7 @@ class ConceptFigure(io.ComfyNode):
         else:
             recording = maps.recording
             layers = parse_layers(
-                layout["layers"], available=recording.layers, default=recording.default_layers
+                layout["layers"], recording.layers, recording.default_layers, recording.left_out
             )
             names = split_names(layout["concept"]) or maps.concepts.names
             bar = comfy.utils.ProgressBar(1)

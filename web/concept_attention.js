@@ -180,7 +180,7 @@ function origin(node) {
  * @param {string} text
  */
 function splitNames(text) {
-  return text.split(/[\n\r,]/).map((name) => name.trim().replace(/\s+/g, " ")).filter(Boolean);
+  return text.split(/[\n\r,，、]/).map((name) => name.trim().replace(/\s+/g, " ")).filter(Boolean);
 }
 
 /** @param {LGraphNode} node @param {string} name */
