@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from .concepts import Concepts
+from .maps import MeanWhereSeen
 from .recording import Recorder
 
 INTERVAL = 0.35
@@ -56,19 +57,15 @@ class LiveMaps:
         if not scores:
             return
         for evaluation in scores:
-            maps = evaluation[:, 0].softmax(1).mean(0)
-            unseen = maps.isnan()
-            so_far.total = so_far.total + maps.masked_fill(unseen, 0)
-            so_far.seen = so_far.seen + ~unseen
+            so_far.mean.add(evaluation[:, 0].softmax(1).mean(0))
             so_far.count += 1
-        values = so_far.total / so_far.seen.clamp_min(1)
+        values = so_far.mean.value.nan_to_num(0)
         self._send(MapsSoFar(values, recorder.concepts, recorder.coverage, so_far.count))
         self._due = time.monotonic() + self._interval
 
 
 @dataclass
 class _Sum:
-    total: Tensor | float = 0.0
-    seen: Tensor | int = 0
+    mean: MeanWhereSeen = field(default_factory=MeanWhereSeen)
     count: int = 0
     next: int = 0

@@ -114,12 +114,27 @@ def heatmaps(
 
 def mean_where_seen(maps: Iterable[Tensor]) -> Tensor:
     """The mean of maps of one shape, element by element over those that are not NaN; NaN if all are."""
-    total, count = 0, 0
+    mean = MeanWhereSeen()
     for values in maps:
+        mean.add(values)
+    return mean.value
+
+
+class MeanWhereSeen:
+    """``mean_where_seen`` of maps that come one by one."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | int = 0
+        self._count: Tensor | int = 0
+
+    def add(self, values: Tensor) -> None:
         unseen = values.isnan()
-        total = total + values.masked_fill(unseen, 0)
-        count = count + ~unseen
-    return total / count
+        self._total = self._total + values.masked_fill(unseen, 0)
+        self._count = self._count + ~unseen
+
+    @property
+    def value(self) -> Tensor:
+        return self._total / self._count
 
 
 def concept_maps(

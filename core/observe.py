@@ -281,7 +281,7 @@ class _Run:
 
     recorder: Recorder
     listener: Callable[[Recorder], None] | None
-    weights: dict[object, Tensor | None] = field(default_factory=dict)
+    weights: dict[object, Tensor] = field(default_factory=dict)
 
     def tell(self) -> None:
         if self.listener is None or self.recorder.failure is not None:
@@ -296,7 +296,7 @@ class _Run:
 class _Chunk(NamedTuple):
     """One positive conditioning in a call of the model: its rows, the images that they are, and the area
     (height, width, y, x) of the latent that the call was cut down to. ``weight`` and ``default`` are as in
-    ``Pass``, the weight's rows and columns those of the latent."""
+    ``Pass``."""
 
     rows: slice
     batch: slice | list[int]
@@ -313,8 +313,8 @@ class _ConditioningChunks:
     match a positive's area get the positive's id.
     """
 
-    def __init__(self, guider: CFGGuider, x: Tensor, weights: dict[object, Tensor | None]) -> None:
-        self._x, self._weights = x, weights
+    def __init__(self, guider: CFGGuider, x: Tensor, weights: dict[object, Tensor]) -> None:
+        self._guider, self._x, self._weights = guider, x, weights
         self._positives = {c.get("uuid"): c for c in guider.conds.get("positive") or []}
         self._place = 2 if "middle" in guider.conds else 0
         self._others = {
@@ -359,7 +359,7 @@ class _ConditioningChunks:
         return chunks
 
     def _weight(self, conditioning: dict) -> Tensor | None:
-        """How much the sampler makes of each pixel (B, 1, H, W) of what is predicted with a conditioning: its
+        """How much the sampler makes of each patch (B, 1, h, w) of what is predicted with a conditioning: its
         strength, mask and area, by ComfyUI's own rule. The same in every evaluation."""
         if conditioning.keys().isdisjoint(("area", "mask", "strength")):
             return None
@@ -369,7 +369,8 @@ class _ConditioningChunks:
             given = {name: conditioning[name] for name in rule if name in conditioning}
             pixels = self._x[:, :1]
             found = get_area_and_mult({**given, "model_conds": {}, "uuid": uuid}, pixels, None)
-            self._weights[uuid] = found.mult.float().cpu()
+            patch = self._guider.model_patcher.get_model_object("diffusion_model").patch_size
+            self._weights[uuid] = functional.avg_pool2d(found.mult.float(), patch, ceil_mode=True).cpu()
         return self._weights[uuid]
 
 
@@ -453,10 +454,7 @@ class _Hooks:
             if chunk.area is not None:
                 half = len(chunk.area) // 2
                 origin = tuple(o // self._model.patch_size for o in chunk.area[half:][-2:])
-            weight = chunk.weight
-            if weight is not None:
-                weight = functional.avg_pool2d(weight, self._model.patch_size, ceil_mode=True)
-            recorded = Pass(chunk.batch, origin, self._layers, scores, copied, weight, chunk.default)
+            recorded = Pass(chunk.batch, origin, self._layers, scores, copied, chunk.weight, chunk.default)
             self._evaluation.recorder.add(self._evaluation, recorded)
 
 

@@ -21,6 +21,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".comfyui"
@@ -72,6 +73,14 @@ def find() -> Path | None:
         if is_comfyui(path):
             return path
     return None
+
+
+def name_plugin() -> None:
+    """Makes this plugin importable as ``concept_attention``. Its nodes are not imported: they need more
+    packages than the models do."""
+    package = ModuleType("concept_attention")
+    package.__path__ = [str(ROOT)]
+    sys.modules["concept_attention"] = package
 
 
 def install(python: str = sys.executable) -> Path:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,8 +37,6 @@ def work(out: Path, shard: tuple[int, int], limit: int):
 
 
 if __name__ == "__main__":
-    package = ModuleType("concept_attention")
-    package.__path__ = [str(ROOT)]
-    sys.modules["concept_attention"] = package
     sys.path.append(str(ROOT / "demo"))
+    import_module("comfyui").name_plugin()
     work(Path(sys.argv[1]), (int(sys.argv[2]), int(sys.argv[3])), int(sys.argv[4]))

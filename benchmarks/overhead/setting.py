@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(flags: Sequence[str] = ()) -> None:
-    """Makes ComfyUI, started with these flags, importable, and this plugin as ``concept_attention``. Its
-    nodes are not imported: they need more packages than the models do."""
+    """Makes ComfyUI, started with these flags, importable, and this plugin as ``concept_attention``."""
     if "concept_attention" in sys.modules:
         return
     sys.path.insert(0, str(ROOT / "demo"))
@@ -45,9 +43,7 @@ def load(flags: Sequence[str] = ()) -> None:
 
     sys.argv = argv
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    package = ModuleType("concept_attention")
-    package.__path__ = [str(ROOT)]
-    sys.modules["concept_attention"] = package
+    comfyui.name_plugin()
 
 
 @dataclass(frozen=True)
