@@ -296,7 +296,7 @@ class Data:
 def forward(model, text_stream, x, sigma, context, pooled, concepts):
     """The model's velocity, and the output-space scores (B, K, N) of the supervised layers."""
     from core.architectures import flux1
-    from core.stream import ConceptStream
+    from core.observing.readers.stream import ConceptStream
 
     rows, columns = flux1.grid(model, x)
     stream = ConceptStream(text_stream(model, sigma, None, x.dtype), concepts, SUPERVISED)

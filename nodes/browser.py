@@ -10,10 +10,10 @@ import weakref
 from aiohttp import web
 from server import PromptServer
 
-from ..core.live import LiveMaps, MapsSoFar
-from ..core.maps import ConceptMaps
-from ..core.palette import hex_colours
-from ..core.transport import evaluation_means, layer, layer_means, pack
+from ..core.drawing.live import LiveMaps, MapsSoFar
+from ..core.drawing.palette import hex_colours
+from ..core.drawing.transport import evaluation_means, layer, layer_means, pack
+from ..core.reading.maps import ConceptMaps
 
 # As long as ComfyUI keeps the maps in its cache, a viewer can ask for their layers.
 _views: weakref.WeakValueDictionary[str, ConceptMaps] = weakref.WeakValueDictionary()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.observe import observe
+from ..core.observing.observe import observe
 from .browser import live_maps
 from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
 from .types import CATEGORY

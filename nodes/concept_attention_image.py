@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..core.image import (
+from ..core.observing.image import (
     AVERAGES,
     LEVEL,
     encode_images,
@@ -12,7 +12,7 @@ from ..core.image import (
     patch_pixels,
     step_levels,
 )
-from ..core.recording import remember
+from ..core.observing.recording import remember
 from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
 from .types import CATEGORY
 

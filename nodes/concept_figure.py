@@ -10,9 +10,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..core.concepts import split_names
-from ..core.figures import concepts_figure, layers_figures
-from ..core.recording import parse_layers
-from ..core.render import COLOUR_MAPS, figure_image, images_of
+from ..core.drawing.figures import concepts_figure, layers_figures
+from ..core.drawing.render import COLOUR_MAPS, figure_image, images_of
+from ..core.observing.recording import parse_layers
 from .types import CATEGORY, ConceptMapsType
 
 

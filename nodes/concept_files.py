@@ -7,7 +7,7 @@ import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
-from ..core.files import SUFFIX, load_maps, save_maps
+from ..core.reading.files import SUFFIX, load_maps, save_maps
 from .types import CATEGORY, ConceptMapsType
 
 FOLDER = "concept_maps"  # in the output folder

@@ -7,8 +7,8 @@ import torch
 from comfy_api.latest import io
 
 from ..core.concepts import split_names
-from ..core.masks import concept_masks
-from ..core.render import images_of
+from ..core.drawing.render import images_of
+from ..core.reading.masks import concept_masks
 from .types import CATEGORY, ConceptMapsType
 
 

@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..core.concepts import split_names
-from ..core.render import COLOUR_MAPS, overlay_images
+from ..core.drawing.render import COLOUR_MAPS, overlay_images
 from .types import CATEGORY, ConceptMapsType
 
 

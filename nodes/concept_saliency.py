@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..core.maps import GROUNDINGS, ConceptMaps, concept_maps, upscale
-from ..core.recording import parse_layers, recording_of
-from ..core.render import heatmap_images
+from ..core.drawing.render import heatmap_images
+from ..core.observing.recording import parse_layers, recording_of
+from ..core.reading.maps import GROUNDINGS, ConceptMaps, concept_maps, upscale
 from .types import CATEGORY, ConceptMapsType
 
 

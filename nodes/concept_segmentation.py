@@ -5,8 +5,8 @@ import logging
 import torch
 from comfy_api.latest import io
 
-from ..core.masks import label_masks, segment
-from ..core.render import images_of, segmentation_images
+from ..core.drawing.render import images_of, segmentation_images
+from ..core.reading.masks import label_masks, segment
 from .types import CATEGORY, ConceptMapsType
 
 

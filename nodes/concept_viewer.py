@@ -8,10 +8,10 @@ import torch
 from comfy_api.latest import io
 
 from ..core.concepts import split_names
-from ..core.maps import ConceptMaps
-from ..core.palette import hex_colours
-from ..core.render import images_of
-from ..core.transport import pack, picture
+from ..core.drawing.palette import hex_colours
+from ..core.drawing.render import images_of
+from ..core.drawing.transport import pack, picture
+from ..core.reading.maps import ConceptMaps
 from .browser import publish, workflow_id
 from .types import CATEGORY, ConceptMapsType
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.architectures import family_of
 from ..core.concepts import POOLINGS, Concepts, encode_concepts, parse_concepts, split_names
-from ..core.recording import parse_layers
+from ..core.observing.recording import parse_layers
 
 
 def background_input() -> io.String.Input:
@@ -52,7 +52,7 @@ def space_inputs() -> list[io.Boolean.Input]:
 
 
 class Recorded(NamedTuple):
-    """What is to be recorded: see ``core.observe.observe``."""
+    """What is to be recorded: see ``core.observing.observe.observe``."""
 
     concepts: Concepts
     tokens: Tensor

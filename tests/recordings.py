@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.maps import ConceptMaps
-from concept_attention.core.recording import Recording
+from concept_attention.core.observing.recording import Recording
+from concept_attention.core.reading.maps import ConceptMaps
 
 CONCEPTS = Concepts(("cat", "ball"), ("sky",))
 

@@ -13,9 +13,9 @@ import torch
 from test_golden import FILES, TOLERANCE, relative
 
 import comfyui
-import concept_attention.core.stream
+import concept_attention.core.observing.readers.stream
 from concept_attention.core.architectures import flux1
-from concept_attention.core.stream import ConceptStream
+from concept_attention.core.observing.readers.stream import ConceptStream
 from tiny_flux import Golden, load_golden
 
 FOLDER = comfyui.ROOT / "benchmarks" / "overhead"
@@ -94,7 +94,7 @@ def test_the_stream_beside_the_model_computes_the_same_in_an_order_that_is_safe(
     for owner, name in (
         (flux1._TextBlock, "qkv"),
         (flux1._TextBlock, "update"),
-        (concept_attention.core.stream, "_dot_products"),
+        (concept_attention.core.observing.readers.stream, "_dot_products"),
     ):
         streams.watch(monkeypatch, owner, name)
     model = golden.model().model.diffusion_model

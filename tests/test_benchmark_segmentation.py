@@ -26,8 +26,8 @@ from concept_attention.benchmarks.segmentation.run import evaluate, run, seed_of
 from concept_attention.benchmarks.segmentation.store import Store, key_of
 from concept_attention.benchmarks.segmentation.sweep import Group, full, only, single
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.maps import GROUNDINGS, concept_maps
-from concept_attention.core.masks import concept_masks
+from concept_attention.core.reading.maps import GROUNDINGS, concept_maps
+from concept_attention.core.reading.masks import concept_masks
 
 WORKER = Path(__file__).with_name("benchmark_worker.py")
 

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 import nodes
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.files import SUFFIX, load_maps, save_maps
-from concept_attention.core.maps import ConceptMaps, concept_maps
+from concept_attention.core.reading.files import SUFFIX, load_maps, save_maps
+from concept_attention.core.reading.maps import ConceptMaps, concept_maps
 from concept_attention.nodes.concept_files import ConceptMapsLoad, ConceptMapsSave
 from concept_attention.nodes.concept_saliency import ConceptSaliency
 from recordings import recording

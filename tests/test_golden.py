@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from concept_attention.core.architectures import flux1
-from concept_attention.core.image import observe_image
-from concept_attention.core.maps import heatmaps
-from concept_attention.core.recording import recording_of
-from concept_attention.core.stream import SPACES, ConceptStream
+from concept_attention.core.observing.image import observe_image
+from concept_attention.core.observing.readers.stream import SPACES, ConceptStream
+from concept_attention.core.observing.recording import recording_of
+from concept_attention.core.reading.maps import heatmaps
 from tiny_flux import Golden, load_golden
 
 FILES = [Path(__file__).parent / "golden" / "caseS.safetensors"]

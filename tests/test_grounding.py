@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.grounding import look_alikes, propagate_anchors
-from concept_attention.core.maps import GROUNDINGS, concept_maps, heatmaps
-from concept_attention.core.recording import Recording
+from concept_attention.core.observing.recording import Recording
+from concept_attention.core.reading.grounding import look_alikes, propagate_anchors
+from concept_attention.core.reading.maps import GROUNDINGS, concept_maps, heatmaps
 from concept_attention.nodes.concept_saliency import ConceptSaliency
 from recordings import recording
 

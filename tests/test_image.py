@@ -33,17 +33,17 @@ import comfyui
 import workflow
 from concept_attention.core.architectures import flux1
 from concept_attention.core.concepts import Concepts, encode_concepts
-from concept_attention.core.image import (
+from concept_attention.core.observing.image import (
     encode_images,
     observe_image,
     parse_levels,
     patch_pixels,
     step_levels,
 )
-from concept_attention.core.maps import concept_maps, heatmaps
-from concept_attention.core.observe import KEY, observe
-from concept_attention.core.recording import Recorder, Recording, RecordingError, recording_of
-from concept_attention.core.stream import SPACES, ConceptStream
+from concept_attention.core.observing.observe import KEY, observe
+from concept_attention.core.observing.readers.stream import SPACES, ConceptStream
+from concept_attention.core.observing.recording import Recorder, Recording, RecordingError, recording_of
+from concept_attention.core.reading.maps import concept_maps, heatmaps
 from concept_attention.nodes.concept_attention_image import ConceptAttentionImage
 from concept_attention.nodes.concept_mask import ConceptMask
 from concept_attention.nodes.concept_saliency import ConceptSaliency

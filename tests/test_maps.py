@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.maps import concept_maps, heatmaps, upscale
-from concept_attention.core.recording import parse_layers
+from concept_attention.core.observing.recording import parse_layers
+from concept_attention.core.reading.maps import concept_maps, heatmaps, upscale
 from recordings import maps_of, recording
 
 

@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.maps import ConceptMaps
-from concept_attention.core.masks import METHODS, clean, concept_masks, otsu_threshold, region, segment
+from concept_attention.core.reading.maps import ConceptMaps
+from concept_attention.core.reading.masks import (
+    METHODS,
+    clean,
+    concept_masks,
+    otsu_threshold,
+    region,
+    segment,
+)
 from recordings import maps_of
 
 

@@ -10,7 +10,7 @@ import torch
 
 import nodes
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.masks import concept_masks, parts
+from concept_attention.core.reading.masks import concept_masks, parts
 from concept_attention.nodes.concept_mask import ConceptMask
 from recordings import maps_of
 

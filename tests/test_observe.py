@@ -28,13 +28,13 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import Tensor
 
 import nodes
-from concept_attention.core import observe as observe_module
 from concept_attention.core.architectures import flux1
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.maps import concept_maps
-from concept_attention.core.observe import KEY, observe
-from concept_attention.core.recording import Recorder, Recording, RecordingError, recording_of
-from concept_attention.core.stream import SPACES, ConceptStream
+from concept_attention.core.observing import observe as observe_module
+from concept_attention.core.observing.observe import KEY, observe
+from concept_attention.core.observing.readers.stream import SPACES, ConceptStream
+from concept_attention.core.observing.recording import Recorder, Recording, RecordingError, recording_of
+from concept_attention.core.reading.maps import concept_maps
 from tiny_flux import CONCEPTS, concept_tokens, conditioning, random_flux, sample
 
 TOLERANCE = 1e-5

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.recording import Pass, Recorder, RecordingError, recording_of, remember
+from concept_attention.core.observing.recording import Pass, Recorder, RecordingError, recording_of, remember
 from recordings import recording
 
 CONCEPTS = Concepts(("cat",), ("sky",))

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.maps import upscale
-from concept_attention.core.masks import METHODS, concept_masks, segment
-from concept_attention.core.refine import guided_filter, refine
+from concept_attention.core.reading.maps import upscale
+from concept_attention.core.reading.masks import METHODS, concept_masks, segment
+from concept_attention.core.reading.refine import guided_filter, refine
 from concept_attention.nodes.concept_mask import ConceptMask
 from concept_attention.nodes.concept_segmentation import ConceptSegmentation
 from recordings import maps_of

@@ -16,12 +16,9 @@ from comfy.model_management import InterruptProcessingException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.figures import concepts_figure, layers_figures
-from concept_attention.core.grounding import propagate_anchors
-from concept_attention.core.maps import GROUNDINGS, concept_maps
-from concept_attention.core.masks import segment
-from concept_attention.core.palette import difference, hex_colours, palette, seen
-from concept_attention.core.render import (
+from concept_attention.core.drawing.figures import concepts_figure, layers_figures
+from concept_attention.core.drawing.palette import difference, hex_colours, palette, seen
+from concept_attention.core.drawing.render import (
     COLOUR_MAPS,
     colourise,
     figure_image,
@@ -32,6 +29,9 @@ from concept_attention.core.render import (
     shortened,
     text_width,
 )
+from concept_attention.core.reading.grounding import propagate_anchors
+from concept_attention.core.reading.maps import GROUNDINGS, concept_maps
+from concept_attention.core.reading.masks import segment
 from concept_attention.nodes.concept_figure import ConceptFigure
 from concept_attention.nodes.concept_overlay import ConceptOverlay
 from concept_attention.nodes.concept_segmentation import ConceptSegmentation
@@ -372,7 +372,7 @@ def test_the_maps_of_an_image_layer_and_step_are_made_once_for_all_concepts(monk
         return propagate_anchors(*image)
 
     maps = concept_maps(recording(batch=2), grounding="anchor propagation")
-    monkeypatch.setattr("concept_attention.core.maps.propagate_anchors", counted)
+    monkeypatch.setattr("concept_attention.core.reading.maps.propagate_anchors", counted)
     assert len(list(layers_figures(maps, maps.concepts.all, layers=[0, 2, 5], columns=2))) == 6
     assert len(walks) == 2 * 3 * 2
 

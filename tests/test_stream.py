@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from concept_attention.core.stream import ConceptStream
+from concept_attention.core.observing.readers.stream import ConceptStream
 
 
 class Made(TorchDispatchMode):

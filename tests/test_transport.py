@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.maps import concept_maps, heatmaps
-from concept_attention.core.recording import Recording
-from concept_attention.core.transport import evaluation_means, layer, layer_means, pack, picture
+from concept_attention.core.drawing.transport import evaluation_means, layer, layer_means, pack, picture
+from concept_attention.core.observing.recording import Recording
+from concept_attention.core.reading.maps import concept_maps, heatmaps
 from concept_attention.nodes.concept_viewer import ConceptViewer
 
 LAYERS, STEPS, CONCEPTS, ROWS, COLUMNS = 19, 28, 6, 64, 64

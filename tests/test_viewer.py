@@ -5,7 +5,7 @@ from __future__ import annotations
 import folder_paths
 import pytest
 
-from concept_attention.core.maps import ConceptMaps, concept_maps
+from concept_attention.core.reading.maps import ConceptMaps, concept_maps
 from concept_attention.nodes.concept_viewer import ConceptViewer
 from recordings import CONCEPTS, recording
 

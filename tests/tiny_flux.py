@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.observe import observe
+from concept_attention.core.observing.observe import observe
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 /**
- * Concept maps from the server's packets (core/transport.py), and means over recorded maps.
+ * Concept maps from the server's packets (core/drawing/transport.py), and means over recorded maps.
  *
  * @typedef {{filename: string, subfolder: string, type: string}} TemporaryFile
  *
@@ -133,7 +133,7 @@ export function same(a, b) {
   return a.length === b.length && a.every((value, i) => value === b[i]);
 }
 
-/** Raw scores as maps in 0..1, the way core/maps.py scales them. @param {Float32Array} values */
+/** Raw scores as maps in 0..1, the way core/reading/maps.py scales them. @param {Float32Array} values */
 function stretched(values) {
   let low = Infinity;
   let high = -Infinity;

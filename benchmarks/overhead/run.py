@@ -138,8 +138,8 @@ def step(bench: Bench) -> list[dict]:
     from second_attention import SecondAttention
     from side_stream import SideStream
 
-    import concept_attention.core.observe as observe_module
-    from concept_attention.core.recording import recording_of
+    import concept_attention.core.observing.observe as observe_module
+    from concept_attention.core.observing.recording import recording_of
 
     def scores(model, scene: Scene) -> torch.Tensor:
         _, samples = evaluate(model, scene)
@@ -199,7 +199,7 @@ def added(scene: Scene, concepts: int = 0, layers: range = range(19), reference:
     from accounting import account
     from second_attention import SecondAttention
 
-    from concept_attention.core.stream import ConceptStream
+    from concept_attention.core.observing.readers.stream import ConceptStream
 
     def stream(text):
         tokens = torch.empty(concepts, FLUX_DEV.context, device="cuda")
@@ -258,7 +258,7 @@ def trace(bench: Bench) -> list[dict]:
 
 def recording(bench: Bench) -> list[dict]:
     """What a recording takes on the CPU: measured of a sampled one, and in proportion."""
-    from concept_attention.core.recording import recording_of
+    from concept_attention.core.observing.recording import recording_of
 
     rows = []
     for scene in bench.scenes:
@@ -286,9 +286,9 @@ def reading(bench: Bench) -> list[dict]:
     """Maps and masks from a recording of 28 steps, 19 layers and 5 concepts at 1024 x 1024, in milliseconds
     of one CPU thread."""
     from concept_attention.core.concepts import Concepts
-    from concept_attention.core.maps import concept_maps
-    from concept_attention.core.masks import concept_masks
-    from concept_attention.core.recording import Recording, remember
+    from concept_attention.core.observing.recording import Recording, remember
+    from concept_attention.core.reading.maps import concept_maps
+    from concept_attention.core.reading.masks import concept_masks
     from concept_attention.nodes.concept_saliency import ConceptSaliency
 
     torch.manual_seed(0)
@@ -380,7 +380,7 @@ def compiled(bench: Bench) -> list[dict]:
 def image(bench: Bench) -> list[dict]:
     """Maps of an existing latent, from the call to the recording, against a whole evaluation."""
     from concept_attention.core.concepts import Concepts
-    from concept_attention.core.image import observe_image
+    from concept_attention.core.observing.image import observe_image
 
     scene, now = bench.scene, clock(bench.device)
     tokens = torch.randn(5, bench.size.context, generator=torch.Generator().manual_seed(2))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from concept_attention.core.stream import ConceptStream
+from concept_attention.core.observing.readers.stream import ConceptStream
 
 
 class SecondAttention(ConceptStream):

@@ -134,7 +134,7 @@ class Scene:
 
 def observed(model: ModelPatcher, size: Size, concepts: int, **options) -> ModelPatcher:
     from concept_attention.core.concepts import Concepts
-    from concept_attention.core.observe import observe
+    from concept_attention.core.observing.observe import observe
 
     tokens = torch.randn(concepts, size.context, generator=torch.Generator().manual_seed(2))
     names = Concepts(tuple(f"concept {i}" for i in range(concepts)))

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from concept_attention.core.stream import ConceptStream, TextBlock
+from concept_attention.core.observing.readers.stream import ConceptStream, TextBlock
 
 
 class SideStream(ConceptStream):

@@ -11,7 +11,7 @@ import torch
 
 import comfyui
 
-from ...core.maps import GROUNDINGS
+from ...core.reading.maps import GROUNDINGS
 from . import datasets
 from .datasets import DataError, Dataset
 from .methods import available

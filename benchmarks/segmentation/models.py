@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...core.architectures import family_of
 from ...core.concepts import Concepts, encode_concepts
-from ...core.image import observe_image
-from ...core.recording import Recording
+from ...core.observing.image import observe_image
+from ...core.observing.recording import Recording
 
 if TYPE_CHECKING:
     from .methods import Query

@@ -13,8 +13,8 @@ import torch
 
 import comfyui as comfyui_setup
 from concept_attention.core.concepts import Concepts
-from concept_attention.core.maps import heatmaps
-from concept_attention.core.recording import Recording
+from concept_attention.core.observing.recording import Recording
+from concept_attention.core.reading.maps import heatmaps
 from front_end import READY, RUN
 
 HERE = Path(__file__).parent

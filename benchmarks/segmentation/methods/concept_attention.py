@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ....core.concepts import Concepts
-from ....core.maps import GROUNDINGS, concept_maps
-from ....core.recording import parse_layers
-from ....core.refine import refine
+from ....core.observing.recording import parse_layers
+from ....core.reading.maps import GROUNDINGS, concept_maps
+from ....core.reading.refine import refine
 from ..models import Models, View
 from . import Query
 
@@ -24,7 +24,7 @@ class ConceptAttention:
     """The maps of one choice. Those that differ only in what is made of the scores share a forward pass.
 
     Attributes:
-        space, softmax, temperature, grounding: see ``core.maps.concept_maps``.
+        space, softmax, temperature, grounding: see ``core.reading.maps.concept_maps``.
         layers: "default", "all", "last N", or numbers as in "0, 15-18".
         level: the noise level, 0..1. The paper takes 0.5.
         samples: of noise; their maps are averaged.
@@ -32,7 +32,7 @@ class ConceptAttention:
         background: instead of the data set's background concepts.
         captioned: whether the model sees the caption, as in the reference, or an empty prompt.
         bilinear: maps are enlarged to 224 x 224 smoothly, before they are cut.
-        refine: maps are refined by the picture, at its size, before they are cut; see ``core.refine``.
+        refine: maps are refined by the picture at its size before they are cut; see ``core.reading.refine``.
     """
 
     models: Models = field(repr=False, compare=False)
@@ -103,7 +103,7 @@ def load(models: Models, **choices) -> ConceptAttention:
 
 
 def layers_of(text: str, available: Sequence[int], default: Sequence[int]) -> tuple[int, ...]:
-    """Layers from text: as ``core.recording.parse_layers``, or "last N".
+    """Layers from text: as ``core.observing.recording.parse_layers``, or "last N".
 
     Raises:
         ValueError: it is neither, or names layers that the model does not have.

@@ -38,9 +38,9 @@ class MadeUpMaps(io.ComfyNode):
     @classmethod
     def execute(cls, batch: int, rows: int, columns: int, softmax: bool, grounding: str) -> io.NodeOutput:
         recording = made_up.recording(
-            core("recording").Recording, core("concepts").Concepts, batch, rows, columns
+            core("observing.recording").Recording, core("concepts").Concepts, batch, rows, columns
         )
-        maps = core("maps").concept_maps(recording, softmax=softmax, grounding=grounding)
+        maps = core("reading.maps").concept_maps(recording, softmax=softmax, grounding=grounding)
         axes = (torch.linspace(0, 1, n) for n in recording.image_size)
         ramp = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
         waves = 0.5 + 0.2 * torch.sin(24 * ramp.sum(-1, keepdim=True))
@@ -67,7 +67,7 @@ class MadeUpRun(io.ComfyNode):
 
     @classmethod
     def execute(cls, maps, seed: int, evaluations: int) -> io.NodeOutput:
-        recording = core("recording")
+        recording = core("observing.recording")
         recorder = recording.Recorder(
             maps.concepts,
             (0, 1),
@@ -78,7 +78,7 @@ class MadeUpRun(io.ComfyNode):
             (512, 512),
             (1.0, 1.0),
         )
-        package = core("recording").__name__.rsplit(".core.", 1)[0]
+        package = core("observing.recording").__name__.rsplit(".core.", 1)[0]
         listener = importlib.import_module(f"{package}.nodes.browser").live_maps(cls.hidden.unique_id)
         for scores in made_up.scores(1, 32, 32, steps=evaluations, layers=2):
             evaluation = recorder.evaluation(torch.ones(1))

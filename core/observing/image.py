@@ -20,8 +20,8 @@ from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
-from .architectures import family_of
-from .concepts import Concepts
+from ..architectures import family_of
+from ..concepts import Concepts
 from .observe import observe
 from .recording import Recording, recording_of
 

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .concepts import Concepts
+from ..concepts import Concepts
+from ..observing.recording import Recording
 from .maps import GROUNDINGS, ConceptMaps
-from .recording import Recording
 
 SUFFIX = ".concepts.safetensors"
 _KEY = "concept_maps"

@@ -22,7 +22,7 @@ from matplotlib.font_manager import FontProperties
 from torch import Tensor
 from torch.nn import functional as F
 
-from .maps import ConceptMaps, upscale
+from ..reading.maps import ConceptMaps, upscale
 from .palette import palette
 
 # perceptually uniform, dark to light

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .concepts import Concepts
+from ..concepts import Concepts
+from ..observing.recording import Recording
 from .grounding import propagate_anchors
-from .recording import Recording
 
 GROUNDINGS = ("paper", "anchor propagation")
 

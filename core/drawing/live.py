@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .concepts import Concepts
-from .maps import MeanWhereSeen
-from .recording import Recorder
+from ..concepts import Concepts
+from ..observing.recording import Recorder
+from ..reading.maps import MeanWhereSeen
 
 INTERVAL = 0.35
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .concepts import Concepts
+from ..concepts import Concepts
 
 BUDGET = 256 * 2**20
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .maps import ConceptMaps, mean_where_seen
+from ..reading.maps import ConceptMaps, mean_where_seen
 
 LEVELS = 255
 

@@ -24,10 +24,10 @@ from comfy.samplers import get_area_and_mult
 from torch import Tensor
 from torch.nn import functional
 
-from .architectures import family_of
-from .concepts import Concepts
+from ..architectures import family_of
+from ..concepts import Concepts
+from .readers.stream import SPACES, ConceptStream
 from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, remember, unrecorded
-from .stream import SPACES, ConceptStream
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

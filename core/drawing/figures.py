@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .maps import ConceptMaps, concept_maps, upscale
+from ..reading.maps import ConceptMaps, concept_maps, upscale
 from .render import shortened, text_style
 
 # Lengths in inches, text in points.
