@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,12 +15,14 @@ from torch import Tensor
 if TYPE_CHECKING:
     from comfy.sd import CLIP
 
+    from .architectures import Family
+
 COMPETITOR = "background"
 LIMIT = 128
-POOLINGS = ("mean of tokens", "first token")
+POOLINGS = ("automatic", "mean of tokens", "first token", "last token")
 
-_T5 = "t5xxl"
-_T5_SPACE, _T5_UNKNOWN = 3, 2
+# Two texts that no name begins like both or ends like both. Not an empty one, for which templates may change.
+_PROBES = ("0", "z")
 
 
 @dataclass(frozen=True)
@@ -74,49 +79,158 @@ def parse_concepts(text: str, background: str = "") -> Concepts:
     return Concepts(names, others)
 
 
-def encode_concepts(clip: CLIP, names: tuple[str, ...], pooling: str, width: int) -> Tensor:
-    """One token (K, C) float32 for each name, from the T5 of a Flux CLIP, all in one batch.
+@dataclass(frozen=True)
+class ConceptTokens:
+    """K names as a text encoder gives them, each as a prompt of its own in the encoder's template.
+
+    Attributes:
+        sequences: for each name the tokens of its prompt, (T_k, C) float32, without padding.
+        spans: where in it the name's own tokens lie.
+        lengths: how many tokens each prompt has as the encoder gives it, padding included.
+        pooling: how they become one: "mean of tokens", "first token" or "last token".
+    """
+
+    sequences: tuple[Tensor, ...]
+    spans: tuple[slice, ...]
+    lengths: tuple[int, ...]
+    pooling: str
+
+    @classmethod
+    def single(cls, tokens: Tensor) -> ConceptTokens:
+        """Concepts of one token each, (K, C)."""
+        count = len(tokens)
+        return cls(tuple(tokens[:, None]), (slice(0, 1),) * count, (1,) * count, "first token")
+
+    @classmethod
+    def together(cls, parts: Sequence[ConceptTokens]) -> ConceptTokens:
+        """The concepts of all parts, pooled like the first's."""
+
+        def joined(name: str) -> tuple:
+            return tuple(itertools.chain.from_iterable(getattr(part, name) for part in parts))
+
+        return cls(joined("sequences"), joined("spans"), joined("lengths"), parts[0].pooling)
+
+    def to(self, device: torch.device) -> ConceptTokens:
+        return replace(self, sequences=tuple(s.to(device) for s in self.sequences))
+
+    def pooled(self, sequences: Sequence[Tensor] | None = None) -> Tensor:
+        """One token for each concept (K, D), of its own ``sequences`` (T_k, D) or what became of them."""
+        own = [s[span] for s, span in zip(sequences or self.sequences, self.spans, strict=True)]
+        if self.pooling == "mean of tokens":
+            return torch.stack([tokens.mean(0) for tokens in own])
+        return torch.stack([tokens[0 if self.pooling == "first token" else -1] for tokens in own])
+
+
+def encode_concepts(
+    clip: CLIP, names: tuple[str, ...], pooling: str, family: Family, width: int
+) -> ConceptTokens:
+    """The tokens of names from any CLIP object, in its own template, each name by itself.
+
+    Where a name's tokens lie is seen by comparing its token ids with those of two other texts: what all three
+    begin and end with is template and padding.
 
     Args:
-        pooling: ``"first token"`` takes the first piece of the name as T5 sees it, like the reference;
-            ``"mean of tokens"`` the mean of all its pieces, without end and padding.
+        pooling: one of ``POOLINGS``. "automatic" is the last token of a causal encoder, which has read the
+            others, and the mean of the tokens of any other. "first token" is the paper's reference's.
+        family: of the model that is to take them.
         width: C, the width of the model's text tokens.
 
     Raises:
-        ValueError: the CLIP is not Flux's, does not fit the model, or T5 has no pieces for a name.
+        ValueError: the CLIP does not belong to the model, there is no such pooling, or the encoder has no
+            tokens for a name.
     """
     if pooling not in POOLINGS:
         raise ValueError(f'Unknown token pooling "{pooling}". Choose one of: {", ".join(POOLINGS)}.')
-    empty = clip.tokenize("")
-    if set(empty) - {"l", _T5} or _T5 not in empty:
-        raise ValueError(
-            f"Concept Attention needs Flux's text encoders, CLIP-L and T5; this CLIP has: "
-            f'{", ".join(empty)}. Load them with DualCLIPLoader and type "flux".'
-        )
-    padding = empty[_T5][0]  # the end token, then padding to the encoder's length
-    tokenizer = getattr(clip.tokenizer, _T5)
-    sections, counts = [], []
-    for name in names:
-        # Not clip.tokenize: it would parse weights and embeddings out of the name.
-        ids = tokenizer.tokenizer(name, add_special_tokens=False)["input_ids"]
-        if all(i in (_T5_SPACE, _T5_UNKNOWN) for i in ids):
-            raise ValueError(
-                f'The text encoder knows no part of the concept "{name}". '
-                "Flux's T5 was trained on Latin script: write the concept in English."
-            )
-        sections.append([(i, 1.0) for i in ids] + padding[: max(1, len(padding) - len(ids))])
-        counts.append(len(ids))
+    if pooling == "automatic":
+        pooling = "last token" if family.causal else "mean of tokens"
+    tokenizer = _literal(clip)
+    options = {"tokenizer_options": clip.tokenizer_options} if clip.tokenizer_options else {}
 
-    tokens: list[Tensor] = [None] * len(names)
-    # One batch for all; a name longer than the encoder's padded length needs a batch of its own length.
-    for length in sorted({len(s) for s in sections}):
-        rows = [i for i, s in enumerate(sections) if len(s) == length]
-        encoded = clip.encode_from_tokens({**empty, _T5: [sections[i] for i in rows]})
-        if encoded.shape[-1] != width:
+    def tokenize(text: str) -> dict[str, list]:
+        # A backslash before a parenthesis is taken for an escape, weights or not.
+        return tokenizer.tokenize_with_weights(re.sub(r"\\([()])", r"\\\\\1", text), **options)
+
+    probes = [tokenize(text) for text in _PROBES]
+    given = probes[0]
+    choice = family.encoders or (list(given) if len(given) == 1 else ())
+    encoder = next((e for e in choice if e in given), None)
+    if encoder is None:
+        raise _not_the_models(family, f"the text encoders {', '.join(given)}")
+    padding = _padding(_ids(given[encoder]))
+    probes = [_unpadded(_ids(probe[encoder]), padding) for probe in probes]
+    sequences, spans, lengths = [], [], []
+    for name in names:
+        tokens = tokenize(name)
+        whole = _ids(tokens[encoder])
+        ids = _unpadded(whole, padding)
+        span = _own(ids, probes)
+        if _unknown(tokenizer, encoder, ids[span]):
             raise ValueError(
-                f"The CLIP gives text tokens of width {encoded.shape[-1]}, but the model takes {width}. "
-                "Use the text encoders that belong to the model."
+                f'The text encoder knows no part of the concept "{name}". It was trained on Latin script: '
+                "write the concept in English."
             )
-        for row, i in zip(encoded.float().reshape(len(rows), length, width), rows, strict=True):
-            tokens[i] = row[0] if pooling == "first token" else row[: counts[i]].mean(0)
-    return torch.stack(tokens)
+        encoded = clip.encode_from_tokens(tokens, return_dict=True)["cond"]
+        if encoded.shape[-1] != width:
+            raise _not_the_models(family, f"text tokens of width {encoded.shape[-1]}, not {width}")
+        # Encoders that leave their template out of what they give leave it out in front.
+        left_out = max(0, len(whole) - encoded.shape[1])
+        sequences.append(encoded[0, : len(ids) - left_out].float().cpu())
+        spans.append(slice(span.start - left_out, span.stop - left_out))
+        lengths.append(encoded.shape[1])
+    return ConceptTokens(tuple(sequences), tuple(spans), tuple(lengths), pooling)
+
+
+def _not_the_models(family: Family, what: str) -> ValueError:
+    return ValueError(
+        f"The CLIP does not belong to the MODEL: the model is {family.name}, and the CLIP has {what}. "
+        f"Load the model's own text encoders: {family.loader}."
+    )
+
+
+def _literal(clip: CLIP):
+    """The CLIP's tokenizer, to which weights and embeddings in a text mean nothing."""
+    tokenizer = copy.copy(clip.tokenizer)
+    for name, part in vars(clip.tokenizer).items():
+        if hasattr(part, "embedding_directory"):
+            part = copy.copy(part)
+            part.embedding_directory, part.disable_weights = None, True
+            setattr(tokenizer, name, part)
+    return tokenizer
+
+
+def _ids(sections: list[list[tuple]]) -> list[int]:
+    return [token[0] for section in sections for token in section]
+
+
+def _padding(ids: list[int]) -> int | None:
+    """The token that fills a short text up to the encoder's length: a run of three or more at the end."""
+    return ids[-1] if len(ids) > 2 and ids[-3:] == ids[-1:] * 3 else None
+
+
+def _unpadded(ids: list[int], padding: int | None) -> list[int]:
+    end = len(ids)
+    while end and ids[end - 1] == padding:
+        end -= 1
+    return ids[:end]
+
+
+def _own(ids: list[int], probes: list[list[int]]) -> slice:
+    """Which of the ids are the text's own: not what the probes begin with too, nor what they end with."""
+
+    def shared(ids: list[int], probes: list[list[int]]) -> int:
+        alike = (all(a == probe for probe in others) for a, *others in zip(ids, *probes, strict=False))
+        return sum(1 for _ in itertools.takewhile(bool, alike))
+
+    start = shared(ids, probes)
+    end = shared(ids[start:][::-1], [probe[start:][::-1] for probe in probes])
+    return slice(start, len(ids) - end)
+
+
+def _unknown(tokenizer, encoder: str, ids: list[int]) -> bool:
+    """Whether the text has no tokens but spaces and the one for what the tokenizer does not know."""
+    part = getattr(tokenizer, encoder, None) or getattr(tokenizer, f"clip_{encoder}", None)
+    pieces = getattr(part, "tokenizer", None)
+    unknown = getattr(pieces, "unk_token", None)
+    if not ids or unknown is None:
+        return not ids
+    return all(piece in (unknown, "▁") for piece in pieces.convert_ids_to_tokens(ids))

@@ -31,7 +31,7 @@ class ConceptSaliency(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "space",
-                    options=["output", "cross-attention", "value"],
+                    options=["output", "cross-attention", "value", "query-key"],
                     advanced=True,
                     tooltip=(
                         "Where concepts and patches are compared. Output is the paper's and the sharpest; "

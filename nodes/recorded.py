@@ -6,10 +6,17 @@ import logging
 from typing import NamedTuple
 
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..core.architectures import family_of
-from ..core.concepts import POOLINGS, Concepts, encode_concepts, parse_concepts, split_names
+from ..core.concepts import (
+    POOLINGS,
+    Concepts,
+    ConceptTokens,
+    encode_concepts,
+    parse_concepts,
+    split_names,
+)
+from ..core.observing.readers import reading_of
 from ..core.observing.recording import parse_layers
 
 
@@ -51,11 +58,15 @@ def space_inputs() -> list[io.Boolean.Input]:
     ]
 
 
+# Each reader has one of them: see ``Reading.SPACES``.
+QUERY_SPACES = ("cross-attention", "query-key")
+
+
 class Recorded(NamedTuple):
     """What is to be recorded: see ``core.observing.observe.observe``."""
 
     concepts: Concepts
-    tokens: Tensor
+    tokens: ConceptTokens
     layers: tuple[int, ...]
     spaces: list[str]
 
@@ -72,7 +83,8 @@ def what_to_record(
 ) -> Recorded:
     """
     Raises:
-        ValueError: the model is of no supported family, the CLIP is not Flux's, or a text cannot be read.
+        ValueError: the model is of no supported family, the CLIP is not the model's, or a text cannot be
+            read.
     """
     diffusion_model = model.get_model_object("diffusion_model")
     family = family_of(diffusion_model)
@@ -81,9 +93,11 @@ def what_to_record(
         logging.info("Concept Attention: competing as background: %s", ", ".join(parsed.background))
     layers = parse_layers(
         record_layers,
-        available=range(family.depth(diffusion_model)),
+        available=range(len(family.layers(diffusion_model))),
         default=family.default_layers(diffusion_model),
     )
-    wanted = {"output": True, "cross-attention": record_cross_attention, "value": record_value}
-    tokens = encode_concepts(clip, parsed.all, token_pooling, family.token_width(diffusion_model))
-    return Recorded(parsed, tokens, layers, [space for space, on in wanted.items() if on])
+    wanted = {"output": True, **dict.fromkeys(QUERY_SPACES, record_cross_attention), "value": record_value}
+    known = reading_of(family).SPACES
+    spaces = [space for space, on in wanted.items() if on and space in known]
+    tokens = encode_concepts(clip, parsed.all, token_pooling, family, family.token_width(diffusion_model))
+    return Recorded(parsed, tokens, layers, spaces)

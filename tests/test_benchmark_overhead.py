@@ -39,7 +39,7 @@ def test_the_yardstick_computes_what_the_reference_does(golden):
     for step in range(golden.number("num_steps")):
         t, guidance = golden["inputs.timesteps"][step], golden.tensors.get("inputs.guidance")
         text = flux1.TextStream(model, t, guidance, torch.float32)
-        stream = SecondAttention(text, golden["inputs.concepts"][0], range(flux1.depth(model)))
+        stream = SecondAttention(text, golden["inputs.concepts"][0], range(len(model.double_blocks)))
         model(
             golden["inputs.latents"][step],
             t,
@@ -48,7 +48,7 @@ def test_the_yardstick_computes_what_the_reference_does(golden):
             guidance=guidance,
             transformer_options={"patches": follow(stream, flux1.rotate)},
         )
-        assert len(stream.vectors) == flux1.depth(model)
+        assert len(stream.vectors) == len(model.double_blocks)
         for layer, scores in enumerate(stream.output_scores()):
             expected = golden[f"expected.step{step}.layer{layer}.concept_scores"]
             assert relative(scores, expected) <= TOLERANCE
@@ -94,11 +94,11 @@ def test_the_stream_beside_the_model_computes_the_same_in_an_order_that_is_safe(
     for owner, name in (
         (flux1._TextBlock, "qkv"),
         (flux1._TextBlock, "update"),
-        (concept_attention.core.observing.readers.stream, "_dot_products"),
+        (concept_attention.core.observing.readers.stream, "dot_products"),
     ):
         streams.watch(monkeypatch, owner, name)
     model = golden.model().model.diffusion_model
-    depth = flux1.depth(model)
+    depth = len(model.double_blocks)
     t, guidance = golden["inputs.timesteps"][0], golden.tensors.get("inputs.guidance")
     text = flux1.TextStream(model, t, guidance, torch.float32)
     stream = SideStream(text, golden["inputs.concepts"][0], range(depth))
@@ -116,7 +116,7 @@ def test_the_stream_beside_the_model_computes_the_same_in_an_order_that_is_safe(
         "side waits for model's",
         "qkv on side",
         "model's waits for side",
-        "_dot_products on model's",
+        "dot_products on model's",
         "update on side",
     ]
     assert streams.log == (block * depth)[:-1]  # the last block has no update

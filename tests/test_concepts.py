@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from concept_attention.core.architectures import Family
+from concept_attention.core.architectures.flux1 import FAMILIES
 from concept_attention.core.concepts import (
     LIMIT,
     Concepts,
@@ -10,34 +12,71 @@ from concept_attention.core.concepts import (
     parse_concepts,
     split_names,
 )
+from tiny_flux import random_clip
+
+(FLUX1,) = FAMILIES
 
 
-class FakeTokenizer:
-    """One token per letter from 10 on, "?" unknown (2); end token 1, padding 0."""
+class Letters:
+    """One token per letter from 10 on, "?" unknown."""
 
-    def tokenizer(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return {"input_ids": [2 if c == "?" else 10 + ord(c) for c in text]}
+    unk_token = "?"
+
+    def convert_ids_to_tokens(self, ids):
+        return [chr(i - 10) for i in ids]
+
+
+class Encoder:
+    """A tokenizer of ComfyUI's: a template of two tokens before the text, the end token, then padding to
+    ``length``. What is written (word:2) is weighted unless weights are disabled."""
+
+    embedding_directory = "embeddings"
+    disable_weights = False
+    tokenizer = Letters()
+    length = 9
+
+    def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
+        if not self.disable_weights or self.embedding_directory is not None:
+            text = text.replace("(", "").replace(")", "")
+        ids = [7, 8, *(10 + ord(c) for c in text), 1]
+        return [[(i, 1.0) for i in ids + [0] * (self.length - len(ids))]]
+
+
+class Tokenizer:
+    def __init__(self, *encoders):
+        for name in encoders:
+            setattr(self, name, Encoder())
+
+    def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
+        return {name: part.tokenize_with_weights(text) for name, part in vars(self).items()}
 
 
 class FakeClip:
-    """The embedding of a token at position p is (token, p, length of the section)."""
+    """The embedding of a token at position p is (token, p, length of its prompt); ``left_out`` tokens of the
+    template are not given."""
 
-    def __init__(self, length=6):
-        self.length = length
-        self.batches = []
-        self.tokenizer = type("Tokenizers", (), {"t5xxl": FakeTokenizer()})()
+    def __init__(self, *encoders, left_out=0):
+        self.tokenizer = Tokenizer(*(encoders or ("letters",)))
+        self.tokenizer_options = {}
+        self.left_out = left_out
 
-    def tokenize(self, text):
-        assert text == ""
-        return {"l": [[(0, 1.0)]], "t5xxl": [[(1, 1.0)] + [(0, 1.0)] * (self.length - 1)]}
+    def encode_from_tokens(self, tokens, return_dict):
+        section = next(iter(tokens.values()))[0]
+        rows = [[float(t), p, len(section)] for p, (t, _) in enumerate(section)]
+        return {"cond": torch.tensor(rows)[None, self.left_out :], "pooled_output": None}
 
-    def encode_from_tokens(self, tokens):
-        sections = tokens["t5xxl"]
-        self.batches.append(sections)
-        assert len({len(s) for s in sections}) == 1
-        rows = [[(t, p, len(s)) for p, (t, _) in enumerate(s)] for s in sections]
-        return torch.tensor(rows, dtype=torch.float32).flatten(0, 1)[None]
+
+class AFamily(Family):
+    name = "A model"
+    loader = "CLIPLoader, type a"
+    encoders = ("letters",)
+
+
+FAMILY = AFamily()
+
+
+def encoded(names, pooling="first token", clip=None, family=FAMILY, width=3):
+    return encode_concepts(clip or FakeClip(), names, pooling, family, width)
 
 
 @pytest.mark.parametrize(
@@ -81,49 +120,85 @@ def test_too_many_concepts_is_an_error_with_both_numbers():
         parse_concepts(", ".join(f"thing {i}" for i in range(LIMIT)), "background")
 
 
-def test_first_token_is_the_first_piece_of_the_name():
-    tokens = encode_concepts(FakeClip(), ("ab", "c"), "first token", 3)
-    assert tokens.tolist() == [[10 + ord("a"), 0, 6], [10 + ord("c"), 0, 6]]
+def test_first_token_is_the_first_of_the_name_not_of_the_template():
+    assert encoded(("ab", "c")).pooled().tolist() == [[10 + ord("a"), 2, 9], [10 + ord("c"), 2, 9]]
 
 
-def test_mean_of_tokens_leaves_out_the_end_and_the_padding():
-    tokens = encode_concepts(FakeClip(), ("ab",), "mean of tokens", 3)
-    assert tokens.tolist() == [[10 + (ord("a") + ord("b")) / 2, 0.5, 6]]
+def test_last_token_is_the_last_of_the_name():
+    assert encoded(("ab", "c"), "last token").pooled().tolist() == [
+        [10 + ord("b"), 3, 9],
+        [10 + ord("c"), 2, 9],
+    ]
 
 
-def test_all_concepts_are_encoded_in_one_batch():
+def test_mean_of_tokens_leaves_out_template_end_and_padding():
+    tokens = encoded(("ab",), "mean of tokens").pooled()
+    assert tokens.tolist() == [[10 + (ord("a") + ord("b")) / 2, 2.5, 9]]
+
+
+@pytest.mark.parametrize("causal,pooling", [(True, "last token"), (False, "mean of tokens")])
+def test_automatic_pooling_is_the_last_token_of_an_encoder_that_reads_forward_only(causal, pooling):
+    family = type("B", (AFamily,), {"causal": causal})()
+    assert encoded(("ab",), "automatic", family=family).pooling == pooling
+
+
+def test_what_an_encoder_leaves_out_of_its_template_does_not_shift_the_names():
+    assert torch.equal(
+        encoded(("ab", "c"), clip=FakeClip(left_out=2)).pooled(), encoded(("ab", "c")).pooled()
+    )
+
+
+def test_sequences_are_whole_prompts_without_padding():
+    tokens = encoded(("ab", "c"))
+    assert [len(s) for s in tokens.sequences] == [5, 4]
+    assert tokens.lengths == (9, 9)
+
+
+def test_a_name_does_not_depend_on_the_others():
+    alone, both = encoded(("ab",)), encoded(("abcdefghij", "ab"))
+    assert torch.equal(both.sequences[1], alone.sequences[0])
+
+
+def test_names_are_literal_for_the_text_encoder():
     clip = FakeClip()
-    encode_concepts(clip, ("ab", "c", "def"), "first token", 3)
-    assert [len(batch) for batch in clip.batches] == [3]
+    assert encoded(("(a)",), clip=clip).pooled().tolist() == [[10 + ord("("), 2, 9]]
+    assert not clip.tokenizer.letters.disable_weights
+    assert clip.tokenizer.letters.embedding_directory == "embeddings"
 
 
-def test_a_long_name_does_not_change_the_others():
-    clip = FakeClip()
-    alone = encode_concepts(clip, ("ab",), "mean of tokens", 3)
-    both = encode_concepts(clip, ("abcdefghij", "ab"), "mean of tokens", 3)
-    assert torch.equal(both[1], alone[0])
-    assert both[0].tolist() == [10 + sum(map(ord, "abcdefghij")) / 10, 4.5, 11]
+@pytest.mark.parametrize("name", ["0", "z", "z0", "00", "0z0z"])
+def test_names_that_begin_or_end_like_a_probe(name):
+    tokens = encoded((name,), "mean of tokens")
+    assert tokens.spans == (slice(2, 2 + len(name)),)
 
 
 def test_a_name_that_the_text_encoder_cannot_read_is_an_error():
     with pytest.raises(ValueError, match=r'no part of the concept "\?\?"'):
-        encode_concepts(FakeClip(), ("ab", "??"), "first token", 3)
-    encode_concepts(FakeClip(), ("a?",), "first token", 3)
+        encoded(("ab", "??"))
+    encoded(("a?",))
 
 
-def test_a_clip_of_another_width_is_an_error_with_both_widths():
-    with pytest.raises(ValueError, match="width 3, but the model takes 4096"):
-        encode_concepts(FakeClip(), ("ab",), "first token", 4096)
+def test_a_clip_of_another_width_is_an_error_that_names_both():
+    with pytest.raises(
+        ValueError, match=r"model is A model, and the CLIP has text tokens of width 3, not 4096"
+    ):
+        encoded(("ab",), width=4096)
 
 
-@pytest.mark.parametrize("keys", [("l",), ("l", "g", "t5xxl"), ("qwen3_4b",)])
-def test_a_clip_of_another_model_is_an_error_that_names_the_loader(keys):
-    clip = FakeClip()
-    clip.tokenize = lambda text: {key: [[(1, 1.0)]] for key in keys}
-    with pytest.raises(ValueError, match=r'DualCLIPLoader and type "flux"'):
-        encode_concepts(clip, ("ab",), "first token", 3)
+@pytest.mark.parametrize("encoders", [("l",), ("l", "g", "t5xxl")])
+def test_a_clip_of_another_model_is_an_error_that_names_both_and_the_loader(encoders):
+    with pytest.raises(ValueError, match=rf"A model, .* {', '.join(encoders)}\. .*CLIPLoader, type a"):
+        encoded(("ab",), clip=FakeClip(*encoders))
 
 
 def test_an_unknown_pooling_is_an_error():
-    with pytest.raises(ValueError, match=r'"last token".*mean of tokens, first token'):
-        encode_concepts(FakeClip(), ("ab",), "last token", 3)
+    with pytest.raises(ValueError, match=r'"middle token".*automatic, mean of tokens, first token'):
+        encoded(("ab",), "middle token")
+
+
+def test_flux_s_own_tokenizers_and_encoders():
+    tokens = encode_concepts(random_clip(), ("dragon", "hot air balloon"), "automatic", FLUX1, 32)
+    assert tokens.spans == (slice(0, 1), slice(0, 3))
+    assert tokens.lengths == (256, 256)
+    whole = random_clip().encode_from_tokens(random_clip().tokenize("hot air balloon"))
+    assert torch.allclose(tokens.pooled()[1], whole[0, :3].mean(0), atol=1e-6)

@@ -146,7 +146,7 @@ def look(golden: Golden, noisy: torch.Tensor, sigma: torch.Tensor, positive: lis
     return observe_image(
         golden.model(),
         golden.concepts,
-        golden["inputs.concepts"][0],
+        golden.tokens,
         clean,
         positive or golden.conditioning(),
         image_size=(noisy.shape[-2] * 8, noisy.shape[-1] * 8),
@@ -204,7 +204,7 @@ def concept_streams(golden: Golden, step: int) -> list[torch.Tensor]:
     """The concept stream after every block of one forward pass of the model. It runs to the end, past the
     last layer that anyone would record."""
     model = golden.model().model.diffusion_model
-    depth = flux1.depth(model)
+    depth = len(model.double_blocks)
     t, guidance = golden["inputs.timesteps"][step], golden.tensors.get("inputs.guidance")
     text = flux1.TextStream(model, t, guidance, torch.float32)
     stream = ConceptStream(text, golden["inputs.concepts"][0], (*range(depth), depth))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from concept_attention.core.concepts import Concepts
+from concept_attention.core.geometry import Grid
 from concept_attention.core.observing.recording import Pass, Recorder, RecordingError, recording_of, remember
 from recordings import recording
 
@@ -19,7 +20,7 @@ def recorder(**options) -> Recorder:
         options.pop("default_layers", (1, 2)),
         torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]),
         batch=options.pop("batch", 1),
-        grid=(2, 2),
+        grid=Grid(1, 2, 2),
         image_size=(32, 32),
         coverage=(1.0, 1.0),
         **options,
@@ -27,8 +28,8 @@ def recorder(**options) -> Recorder:
 
 
 def a_pass(value: float, layers=(0, 1, 2), batch=slice(0, 1), rows=1, origin=(0, 0), grid=(2, 2)) -> Pass:
-    scores = torch.full((len(layers), rows, 2, *grid), value)
-    return Pass(batch, origin, layers, {"output": scores})
+    scores = torch.full((len(layers), rows, 2, 1, *grid), value)
+    return Pass(batch, Grid(0, *origin), layers, {"output": scores})
 
 
 def finish(*passes_of_evaluations, sigmas=None, **options):

@@ -17,7 +17,7 @@ from comfy.text_encoders.flux import FluxTokenizer, flux_clip
 from safetensors import safe_open
 from torch import Tensor
 
-from concept_attention.core.concepts import Concepts
+from concept_attention.core.concepts import Concepts, ConceptTokens
 from concept_attention.core.observing.observe import observe
 
 
@@ -42,6 +42,10 @@ class Golden:
     def concepts(self) -> Concepts:
         return Concepts(tuple(f"concept {i}" for i in range(self["inputs.concepts"].shape[1])))
 
+    @property
+    def tokens(self) -> ConceptTokens:
+        return ConceptTokens.single(self["inputs.concepts"][0])
+
     def model(self) -> ModelPatcher:
         weights = {
             k.removeprefix("weights."): v.float() for k, v in self.tensors.items() if k.startswith("weights.")
@@ -55,7 +59,7 @@ class Golden:
         return [[self["inputs.context"], values]]
 
     def observed(self, model: ModelPatcher, **options) -> ModelPatcher:
-        return observe(model, self.concepts, self["inputs.concepts"][0], **options)
+        return observe(model, self.concepts, self.tokens, **options)
 
 
 @cache
@@ -109,8 +113,8 @@ def conditioning(seed: int, tokens: int = 7, context: int = 32, pooled: int = 16
 CONCEPTS = Concepts(("cat", "ball"), ("sky",))
 
 
-def concept_tokens(seed: int = 5, count: int = 3, context: int = 32) -> Tensor:
-    return torch.randn(count, context, generator=torch.Generator().manual_seed(seed))
+def concept_tokens(seed: int = 5, count: int = 3, context: int = 32) -> ConceptTokens:
+    return ConceptTokens.single(torch.randn(count, context, generator=torch.Generator().manual_seed(seed)))
 
 
 def sample(

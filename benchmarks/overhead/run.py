@@ -13,6 +13,7 @@ neighbours. ComfyUI is found as for the tests (``COMFYUI_PATH``).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import logging
@@ -139,7 +140,13 @@ def step(bench: Bench) -> list[dict]:
     from side_stream import SideStream
 
     import concept_attention.core.observing.observe as observe_module
+    from concept_attention.core.observing.readers.patches import PatchReading
     from concept_attention.core.observing.recording import recording_of
+
+    def reading_with(stream: type) -> contextlib.AbstractContextManager:
+        """For models that are observed meanwhile."""
+        reading = type("Reading", (PatchReading,), {"STREAM": stream})
+        return mock.patch.object(observe_module, "reading_of", return_value=reading)
 
     def scores(model, scene: Scene) -> torch.Tensor:
         _, samples = evaluate(model, scene)
@@ -152,10 +159,10 @@ def step(bench: Bench) -> list[dict]:
         models = {"without": bench.model, "without, again": bench.model.clone()}
         models |= {f"K = {k}": observe(k) for k in CONCEPTS}
         models["K = 5, last 4 layers"] = observe(5, layers=bench.last_layers)
-        with mock.patch.object(observe_module, "ConceptStream", SecondAttention):
+        with reading_with(SecondAttention):
             models["reference's algorithm, K = 5"] = observe(5)
         if bench.cuda:
-            with mock.patch.object(observe_module, "ConceptStream", SideStream):
+            with reading_with(SideStream):
                 beside = models["K = 5, beside the model"] = observe(5)
             difference = scores(beside, scene) - scores(models["K = 5"], scene)
             print(f"{scene}: beside the model, scores differ by at most {difference.abs().max():.3g}")
@@ -379,7 +386,7 @@ def compiled(bench: Bench) -> list[dict]:
 
 def image(bench: Bench) -> list[dict]:
     """Maps of an existing latent, from the call to the recording, against a whole evaluation."""
-    from concept_attention.core.concepts import Concepts
+    from concept_attention.core.concepts import Concepts, ConceptTokens
     from concept_attention.core.observing.image import observe_image
 
     scene, now = bench.scene, clock(bench.device)
@@ -391,7 +398,7 @@ def image(bench: Bench) -> list[dict]:
             observe_image(
                 bench.model,
                 names,
-                tokens,
+                ConceptTokens.single(tokens),
                 scene.latent,
                 scene.conditioning,
                 image_size=(scene.height, scene.width),

@@ -133,12 +133,12 @@ class Scene:
 
 
 def observed(model: ModelPatcher, size: Size, concepts: int, **options) -> ModelPatcher:
-    from concept_attention.core.concepts import Concepts
+    from concept_attention.core.concepts import Concepts, ConceptTokens
     from concept_attention.core.observing.observe import observe
 
     tokens = torch.randn(concepts, size.context, generator=torch.Generator().manual_seed(2))
     names = Concepts(tuple(f"concept {i}" for i in range(concepts)))
-    return observe(model, names, tokens, budget=2**40, **options)
+    return observe(model, names, ConceptTokens.single(tokens), budget=2**40, **options)
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...core.architectures import family_of
-from ...core.concepts import Concepts, encode_concepts
+from ...core.concepts import Concepts, ConceptTokens, encode_concepts
 from ...core.observing.image import observe_image
 from ...core.observing.recording import Recording
 
@@ -100,7 +100,7 @@ class Models:
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """The numbers of the model's double-stream blocks."""
-        return tuple(range(self._family.depth(self._diffusion_model)))
+        return tuple(range(len(self._family.layers(self._diffusion_model))))
 
     @cached_property
     def default_layers(self) -> tuple[int, ...]:
@@ -144,7 +144,7 @@ class Models:
         return observe_image(
             self._model,
             view.concepts,
-            torch.stack([self._token(name, view.pooling) for name in view.concepts.all]),
+            ConceptTokens.together([self._token(name, view.pooling) for name in view.concepts.all]),
             self._latent[1],
             self._conditioning(view.prompt),
             image_size=(self._size, self._size),
@@ -163,10 +163,9 @@ class Models:
             image = image.resize((self._size, self._size), Image.Resampling.BICUBIC)
         return self._vae.encode(torch.from_numpy(np.array(image)).float()[None] / 255)
 
-    def _encode_concept(self, name: str, pooling: str) -> Tensor:
-        """One by one, so that a token does not depend on which others were in its batch."""
+    def _encode_concept(self, name: str, pooling: str) -> ConceptTokens:
         width = self._family.token_width(self._diffusion_model)
-        return encode_concepts(self._clip, (name,), pooling, width)[0]
+        return encode_concepts(self._clip, (name,), pooling, self._family, width)
 
     def _encode_prompt(self, prompt: str):
         return self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))

@@ -1,34 +1,42 @@
-"""What differs between model families, one module each.
+"""What differs between model families, a page each: which models are its, which blocks they have, where the
+text lies in a block's call, and how the block is called with another text.
 
-A family answers: does this model belong to me (``matches``), how many blocks have a text stream
-(``depth``), which of them give good maps (``default_layers``), how do concepts enter
-(``text_encoder``, ``token_width``, ``TextStream``), which grid do the image's tokens form
-(``grid``, ``rotate``), and what stands for the output of a call that ended early (``no_output``).
+A page is a module with ``FAMILIES``, instances of ``family.Family``. Every module in this folder that has it
+is a page.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+import importlib
+import pkgutil
+from functools import cache
 
 from torch import nn
 
-from . import flux1
+from .family import Family, JointFamily
 
-FAMILIES = (flux1,)
+__all__ = ["Family", "JointFamily", "families", "family_of"]
 
 
-def family_of(model: nn.Module) -> ModuleType:
+@cache
+def families() -> tuple[Family, ...]:
+    """All families, by name."""
+    pages = (importlib.import_module(f".{page.name}", __name__) for page in pkgutil.iter_modules(__path__))
+    found = (family for page in pages for family in getattr(page, "FAMILIES", ()))
+    return tuple(sorted(found, key=lambda family: family.name))
+
+
+def family_of(model: nn.Module) -> Family:
     """The family of a diffusion model (``ModelPatcher.model.diffusion_model``).
 
     Raises:
-        ValueError: no family has it.
+        ValueError: no family has it, or what stands in its place says why it cannot be read.
     """
-    for family in FAMILIES:
+    for family in families():
         if family.matches(model):
             return family
-    supported = ", ".join(family.name for family in FAMILIES)
     kind = type(model)
     raise ValueError(
         f"Concept Attention does not support this model ({kind.__module__}.{kind.__name__}). "
-        f"Supported: {supported}. Load such a model with Load Diffusion Model or Load Checkpoint."
+        f"Supported: {', '.join(family.name for family in families())}."
     )

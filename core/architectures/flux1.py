@@ -5,45 +5,40 @@ from __future__ import annotations
 import torch
 from comfy.ldm.flux.layers import timestep_embedding
 from comfy.ldm.flux.math import apply_rope1
-from comfy.ldm.flux.model import Flux
 from torch import Tensor, nn
 
-name = "Flux.1"
-text_encoder = "t5xxl"
+from .family import Family
 
 
-def matches(model: nn.Module) -> bool:
-    """Flux.2 (global modulation, patch 1) and LongCat and Ovis (text has positions) share the class, but
-    not what the concept stream relies on."""
-    if not isinstance(model, Flux):
-        return False
-    params = model.params
-    return params.patch_size == 2 and not params.global_modulation and not params.txt_ids_dims
+class Flux1(Family):
+    name = "Flux.1"
+    model = "flux.model.Flux"
+    reader = "patches"
+    encoders = ("t5xxl",)
+    loader = 'DualCLIPLoader, type "flux": CLIP-L and T5'
+    guidance = True
+
+    def matches(self, model: nn.Module) -> bool:
+        """Flux.2 (global modulation, patch 1) and LongCat and Ovis (text has positions) share the class, but
+        not what the concept stream relies on."""
+        if not super().matches(model):
+            return False
+        params = model.params
+        return params.patch_size == 2 and not params.global_modulation and not params.txt_ids_dims
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.double_blocks)
+
+    def default_layers(self, model: nn.Module) -> tuple[int, ...]:
+        """The last four: 15 to 18 of Flux.1's 19, as in the reference."""
+        depth = len(model.double_blocks)
+        return tuple(range(max(0, depth - 4), depth))
+
+    def token_width(self, model: nn.Module) -> int:
+        return model.params.context_in_dim
 
 
-def depth(model: Flux) -> int:
-    return len(model.double_blocks)
-
-
-def default_layers(model: Flux) -> tuple[int, ...]:
-    """The last four: 15 to 18 of Flux.1's 19, as in the reference."""
-    return tuple(range(max(0, depth(model) - 4), depth(model)))
-
-
-def token_width(model: Flux) -> int:
-    return model.params.context_in_dim
-
-
-def grid(model: Flux, x: Tensor) -> tuple[int, int]:
-    """Rows and columns of patches of a latent (B, C, H, W). Odd sizes are padded by the model."""
-    patch = model.patch_size
-    return (x.shape[-2] + patch // 2) // patch, (x.shape[-1] + patch // 2) // patch
-
-
-def no_output(model: Flux, x: Tensor) -> Tensor:
-    """Zeros in the shape of what the model makes of a latent. Fill and control LoRAs take more channels than
-    they give."""
-    return x.new_zeros(len(x), model.params.out_channels, *x.shape[2:])
+FAMILIES = (Flux1(),)
 
 
 def rotate(keys: Tensor, pe: Tensor | None) -> Tensor:
@@ -57,7 +52,9 @@ class TextStream:
     ``timestep`` and ``guidance`` are those given to the model for these rows, each (B,).
     """
 
-    def __init__(self, model: Flux, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype
+    ) -> None:
         self._model = model
         vec = model.time_in(timestep_embedding(timestep, 256).to(dtype))
         if model.params.guidance_embed and guidance is not None:

@@ -21,7 +21,7 @@ from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor
 
 from ..architectures import family_of
-from ..concepts import Concepts
+from ..concepts import Concepts, ConceptTokens
 from .observe import observe
 from .recording import Recording, recording_of
 
@@ -36,7 +36,7 @@ LEVEL = 0.5
 def observe_image(
     model: ModelPatcher,
     concepts: Concepts,
-    tokens: Tensor,
+    tokens: ConceptTokens,
     latent: Tensor,
     conditioning: list,
     *,
@@ -62,7 +62,7 @@ def observe_image(
     conditioning, and no pooled prompt.
 
     Args:
-        tokens: one text encoder token for each of ``concepts.all``, (K, C).
+        tokens: of each of ``concepts.all``.
         latent: the images as ``VAE.encode`` gives them, (B, C, H, W).
         conditioning: the prompt, as CLIPTextEncode gives it. Tensors in it with more than one row have one
             for each image.
@@ -141,7 +141,8 @@ def encode_images(vae: VAE, images: Tensor, unit: int) -> Tensor:
 def patch_pixels(model: ModelPatcher) -> int:
     """The side of the square of pixels that becomes one patch of the model: 16 for Flux.1."""
     downscale = model.get_model_object("latent_format").spacial_downscale_ratio
-    return downscale * model.get_model_object("diffusion_model").patch_size
+    diffusion_model = model.get_model_object("diffusion_model")
+    return downscale * family_of(diffusion_model).patch(diffusion_model).rows
 
 
 def parse_levels(text: str) -> tuple[float, ...]:
@@ -200,23 +201,24 @@ def _checked(levels: Sequence[float]) -> tuple[float, ...]:
 def _coverage(model: ModelPatcher, latent: Tensor, image_size: tuple[int, int]) -> tuple[float, float]:
     """The share of the patch grid that the image covers."""
     latent_format = model.get_model_object("latent_format")
-    channels = latent_format.latent_channels
-    if latent.ndim != 4 or latent.shape[1] != channels:
+    channels, axes = latent_format.latent_channels, latent_format.latent_dimensions
+    if latent.ndim not in (4, axes + 2) or latent.shape[1] != channels:
+        expected = ("images", str(channels), *(["frames"] if axes == 3 else []), "height", "width")
         raise ValueError(
-            f"The latent has the shape {tuple(latent.shape)}; this model takes (images, {channels}, height, "
-            "width). Use the VAE that belongs to the model, ae.safetensors for Flux.1."
+            f"The latent has the shape {tuple(latent.shape)}; this model takes ({', '.join(expected)}). "
+            "Use the VAE that belongs to the model."
         )
     if not len(latent):
         raise ValueError("There are no images: the latent is an empty batch.")
     diffusion_model = model.get_model_object("diffusion_model")
     grid = family_of(diffusion_model).grid(diffusion_model, latent)
     unit = patch_pixels(model)
-    if tuple(-(-n // unit) for n in image_size) != grid:
+    if tuple(-(-n // unit) for n in image_size) != grid[1:]:
         raise ValueError(
-            f"A latent of {latent.shape[-2]} x {latent.shape[-1]} is {grid[0]} x {grid[1]} patches of {unit} "
-            f"pixels, which an image of {image_size[0]} x {image_size[1]} pixels does not fill."
+            f"A latent of {latent.shape[-2]} x {latent.shape[-1]} is {grid.rows} x {grid.columns} patches of "
+            f"{unit} pixels, which an image of {image_size[0]} x {image_size[1]} pixels does not fill."
         )
-    return (image_size[0] / (grid[0] * unit), image_size[1] / (grid[1] * unit))
+    return (image_size[0] / (grid.rows * unit), image_size[1] / (grid.columns * unit))
 
 
 def _evaluate(

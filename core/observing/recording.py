@@ -1,7 +1,7 @@
 """What was recorded while a sampler ran, and which LATENT it belongs to.
 
-Shapes: E evaluations of the model, L layers, B images, K concepts (background concepts last), and the
-patch grid h x w.
+Shapes: E evaluations of the model, L layers, B pictures, K concepts (background concepts last), and the
+patch grid h x w. The latent frames of a video are pictures, F of them; those of a batch follow each other.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..concepts import Concepts
+from ..geometry import Grid
 
 BUDGET = 256 * 2**20
 
@@ -51,6 +52,7 @@ class Recording:
         coverage: the share of the grid's height and width that the image covers; below 1 where the model
             padded an odd latent.
         left_out: layers that were to be recorded too, but would have taken more memory than is allowed.
+        frames: F, how many pictures belong together as one video; 1 of images.
     """
 
     concepts: Concepts
@@ -62,6 +64,7 @@ class Recording:
     image_size: tuple[int, int]
     coverage: tuple[float, float]
     left_out: tuple[int, ...] = ()
+    frames: int = 1
 
     def select(
         self, space: str, layers: Sequence[int] | None = None, steps: Sequence[int] | None = None
@@ -151,20 +154,22 @@ def _listed(numbers: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Pass:
-    """Scores of one call of the model for the images ``batch``, the top left patch at ``origin``.
+    """Scores of one call of the model for the images ``batch`` and their ``frames``, all if None, the first
+    token at ``origin``.
 
-    ``scores[space]`` is (L, B', K, h', w') on the CPU. With ``copied``, only once that event has happened.
-    ``weight`` (B', 1, h', w'), 1 if None, is how much the prompt counts in each patch beside others; with
+    ``scores[space]`` is (L, B', K, F', h', w') on the CPU; with ``copied``, once that event has happened.
+    ``weight`` (B', 1, F', h', w'), 1 if None, is how much the prompt counts in each patch beside others; with
     ``default`` it counts where they leave something.
     """
 
     batch: slice | list[int]
-    origin: tuple[int, int]
+    origin: Grid
     layers: tuple[int, ...]
     scores: dict[str, Tensor]
     copied: torch.cuda.Event | None = None
     weight: Tensor | None = None
     default: bool = False
+    frames: list[int] | None = None
 
     def keep(self, layers: tuple[int, ...]) -> Pass:
         if layers == self.layers:
@@ -207,7 +212,7 @@ class Recorder:
     Args:
         layers: the layers to record; once ``budget`` bytes are full, only the default ones are kept.
         sigmas: the run's schedule (n + 1,).
-        batch, grid: the number of images and the patch grid of each.
+        batch, grid: the number of images or videos and the tokens of each.
         every: evaluations from one that is to be recorded to the next.
     """
 
@@ -218,7 +223,7 @@ class Recorder:
         default_layers: tuple[int, ...],
         sigmas: Tensor,
         batch: int,
-        grid: tuple[int, int],
+        grid: Grid,
         image_size: tuple[int, int],
         coverage: tuple[float, float],
         budget: int = BUDGET,
@@ -267,7 +272,8 @@ class Recorder:
                 if not evaluation.arrived:
                     break
                 if evaluation.passes:
-                    scores.append(self._merged(evaluation, next(iter(evaluation.passes[0].scores)))[index])
+                    space = next(iter(evaluation.passes[0].scores))
+                    scores.append(_pictures(self._merged(evaluation, space))[index])
                 start += 1
         return scores, start
 
@@ -316,7 +322,7 @@ class Recorder:
             evaluation.wait()
             self._check_finite(evaluation, step)
         spaces = evaluations[0].passes[0].scores
-        scores = {space: tuple(self._merged(e, space) for e in evaluations) for space in spaces}
+        scores = {space: tuple(_pictures(self._merged(e, space)) for e in evaluations) for space in spaces}
         unseen = torch.stack([s[0, :, 0].isnan() for s in next(iter(scores.values()))]).all(0)
         if unseen.any():
             logging.warning(
@@ -334,6 +340,7 @@ class Recorder:
             image_size=self._image_size,
             coverage=self.coverage,
             left_out=self._left_out,
+            frames=self.grid.frames,
         )
 
     def _check_finite(self, evaluation: Evaluation, step: int) -> None:
@@ -357,13 +364,21 @@ class Recorder:
         total, weights = torch.zeros(whole), torch.zeros(self.batch, 1, *self.grid)
         for p in sorted(evaluation.passes, key=lambda p: p.default):
             scores = p.scores[space]
-            rows, columns = (slice(o, o + n) for o, n in zip(p.origin, scores.shape[-2:], strict=True))
+            frames, rows, columns = (
+                slice(o, o + n) for o, n in zip(p.origin, scores.shape[-3:], strict=True)
+            )
             weight = torch.ones(1) if p.weight is None else p.weight
+            at = (p.batch, slice(None), frames if p.frames is None else p.frames, rows, columns)
             if p.default:
-                weight = (1 - weights[p.batch, :, rows, columns]).clamp_min(0)
-            total[:, p.batch, :, rows, columns] += weight * scores
-            weights[p.batch, :, rows, columns] += weight
+                weight = (1 - weights[at]).clamp_min(0)
+            total[(slice(None), *at)] += weight * scores
+            weights[at] += weight
         return total / weights  # 0 / 0 is NaN
+
+
+def _pictures(scores: Tensor) -> Tensor:
+    """(L, B, K, F, h, w) as (L, B * F, K, h, w)."""
+    return scores.movedim(3, 2).flatten(1, 2)
 
 
 def _step(schedule: list[float], sigma: float) -> int:

@@ -1,0 +1,15 @@
+"""How one call of a model is read, by what the model's family says of itself."""
+
+from __future__ import annotations
+
+from ...architectures import Family
+from .blocks import BlockReading
+from .patches import PatchReading
+from .reading import Reading
+
+_READINGS: dict[str, type[Reading]] = {"patches": PatchReading, "blocks": BlockReading}
+
+
+def reading_of(family: Family) -> type[Reading]:
+    """What reads calls of the family's models."""
+    return _READINGS[family.reader]

@@ -113,7 +113,7 @@ class ConceptStream:
             self._record("output", self._attended, image_out)
             if "output, normalized concepts" in self.scores:
                 self._record(
-                    "output, normalized concepts", _normalized_over_concepts(self._attended), image_out
+                    "output, normalized concepts", normalized_over_concepts(self._attended), image_out
                 )
         self._next = layer + 1
         if not self.complete:
@@ -124,10 +124,10 @@ class ConceptStream:
             return
         if concepts.ndim == 4:
             concepts, image = _heads_side_by_side(concepts), _heads_side_by_side(image)
-        self.scores[space].append(_dot_products(concepts, image))
+        self.scores[space].append(dot_products(concepts, image))
 
 
-def _dot_products(concepts: Tensor, image: Tensor) -> Tensor:
+def dot_products(concepts: Tensor, image: Tensor) -> Tensor:
     """(B, K, N) float32 of (B, K, D) and (B, N, D). Scores reach hundreds and are compared by softmax: half
     precision would round them by up to 1. The image is not copied to float32 as a whole."""
     if concepts.dtype == image.dtype != torch.float32 and image.is_cuda and _BMM_TO_FLOAT32:
@@ -143,7 +143,7 @@ def _heads_side_by_side(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _normalized_over_concepts(vectors: Tensor) -> Tensor:
+def normalized_over_concepts(vectors: Tensor) -> Tensor:
     """Each feature shifted to a minimum of 0 and scaled to a sum of 1 over the concepts, as the
     reference's ``normalize_concepts`` does."""
     vectors = vectors.float()

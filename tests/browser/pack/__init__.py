@@ -74,7 +74,7 @@ class MadeUpRun(io.ComfyNode):
             (0, 1),
             torch.linspace(1, 0, evaluations + 1),
             1,
-            (32, 32),
+            core("geometry").Grid(1, 32, 32),
             (512, 512),
             (1.0, 1.0),
         )
@@ -82,7 +82,12 @@ class MadeUpRun(io.ComfyNode):
         listener = importlib.import_module(f"{package}.nodes.browser").live_maps(cls.hidden.unique_id)
         for scores in made_up.scores(1, 32, 32, steps=evaluations, layers=2):
             evaluation = recorder.evaluation(torch.ones(1))
-            recorder.add(evaluation, recording.Pass(slice(0, 1), (0, 0), (0, 1), {"output": scores}))
+            recorder.add(
+                evaluation,
+                recording.Pass(
+                    slice(0, 1), core("geometry").Grid(0, 0, 0), (0, 1), {"output": scores[:, :, :, None]}
+                ),
+            )
             listener(recorder)
             comfy.model_management.throw_exception_if_processing_interrupted()
             time.sleep(0.2)

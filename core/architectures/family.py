@@ -1,0 +1,145 @@
+"""What the observer asks of a model family: facts about its blocks, and how one of them is called."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..geometry import Grid, Patch
+
+
+class Family:
+    """Defaults fit most models; a page overrides what differs. Families have no state."""
+
+    name: ClassVar[str]
+    model: ClassVar[str]
+    """The class of the diffusion model, with its module below ``comfy.ldm``."""
+    reader: ClassVar[Literal["patches", "blocks"]] = "blocks"
+    entry: ClassVar[Literal["diffusion_model", "apply_model"]] = "diffusion_model"
+    """The wrapper (``WrappersMP``) around a call of the model. Models that call no DIFFUSION_MODEL wrapper
+    are met one call further out."""
+    encoders: ClassVar[tuple[str, ...]] = ()
+    """Whose tokens are the concepts', as ComfyUI's tokenizers name their text encoders: the first that a CLIP
+    has. Empty: of the only text encoder that the CLIP has."""
+    loader: ClassVar[str]
+    """How the text encoders are loaded, for error messages."""
+    causal: ClassVar[bool] = False
+    """Whether a token of the text encoder reads only what stands before it, so that the last token of a name
+    stands for all of it."""
+    guidance: ClassVar[bool] = False
+    """Whether the model may take a guidance value (FluxGuidance)."""
+    may_stop: ClassVar[bool] = True
+    """Whether a call of the model may be left after the last recorded block."""
+
+    def matches(self, model: nn.Module) -> bool:
+        return any(
+            f"{c.__module__}.{c.__qualname__}" == f"comfy.ldm.{self.model}" for c in type(model).__mro__
+        )
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks that concepts go through, in running order."""
+        raise NotImplementedError
+
+    def default_layers(self, model: nn.Module) -> tuple[int, ...]:
+        """The layers that maps are made from unless others are asked for."""
+        raise NotImplementedError
+
+    def token_width(self, model: nn.Module) -> int:
+        """C, the width of the text tokens that the model takes."""
+        raise NotImplementedError
+
+    def patch(self, model: nn.Module) -> Patch:
+        """How much of a latent becomes one token."""
+        size = model.patch_size
+        return Patch(1, size, size) if isinstance(size, int) else Patch(*size)
+
+    def grid(self, model: nn.Module, x: Tensor) -> Grid:
+        """The tokens of a latent (B, C, H, W) or (B, C, F, H, W)."""
+        return self.patch(model).grid(x)
+
+
+class BlockCall(NamedTuple):
+    """One call of a block: its arguments by name, the tokens of the text that the model was given, and those
+    of the picture."""
+
+    arguments: dict[str, Any]
+    text: int
+    picture: int
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def but(self, **changed: Any) -> dict[str, Any]:
+        """The arguments with some of them changed."""
+        return {**self.arguments, **changed}
+
+
+class JointFamily(Family):
+    """Text and picture attend to each other: concepts are more text, which only the observer sees.
+
+    Shapes: B rows of the call, K concepts, T rows of text, D features.
+    """
+
+    text_first: ClassVar[bool] = True
+    """Whether the text stands before the picture in the joint sequence."""
+
+    def text(self, call: BlockCall) -> Tensor:
+        """The text rows (B, T, D) of the block's input."""
+        raise NotImplementedError
+
+    def picture(self, call: BlockCall, length: int) -> slice:
+        """Where the picture's own tokens lie in the joint sequence of ``length``."""
+        start = self.text(call).shape[1] if self.text_first else 0
+        return slice(start, start + call.picture)
+
+    def keys(self, call: BlockCall, length: int) -> slice:
+        """What of the joint sequence concepts attend to beside each other."""
+        return self.picture(call, length)
+
+    def step(
+        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
+    ) -> Tensor | None:
+        """``block`` with the concepts ``hidden`` (B, K, D) as its text, beside one token of the picture (none
+        where text and picture share all weights): its text rows (B, K, D), or None if it gives none.
+
+        Args:
+            positions: for each concept, the row of the text whose position it takes.
+            options: the ``transformer_options`` to call it with.
+        """
+        raise NotImplementedError
+
+    def embedded(self, call: BlockCall, tokens: int) -> Tensor:
+        """Of the text rows at the first block, those that ``tokens`` given ones became."""
+        return self.text(call)[:, :tokens]
+
+    def position(self, length: int, own: slice) -> int:
+        """The row of a text that a concept takes the position of. Of its own prompt of ``length`` tokens
+        ``own`` are its name's."""
+        return own.start
+
+    def alone(self, model: nn.Module, arguments: dict[str, Any], context: Tensor) -> dict[str, Any]:
+        """Arguments for a call of the model on one token of the picture, with another text (R, T, C)."""
+        rows = len(context)
+        patch = self.patch(model)
+        changed = {}
+        for name, value in arguments.items():
+            if name in ("context", "c_crossattn"):
+                value = context
+            elif name in ("control", "ref_latents", "attention_mask"):
+                value = None
+            elif name == "num_tokens":
+                value = context.shape[1]
+            elif isinstance(value, Tensor) and value.ndim:
+                value = value[:1].expand(rows, *value.shape[1:])
+                if name in ("x", "c_concat"):
+                    value = value[..., : patch.rows, : patch.columns]
+                    value = value[:, :, : patch.frames] if value.ndim == 5 else value
+            changed[name] = value
+        return changed
+
+
+def picked(table: Tensor, axis: int, rows: list[int]) -> Tensor:
+    """Rows of a table of positions, some of them perhaps more than once."""
+    return table.index_select(axis, torch.tensor(rows, device=table.device))

@@ -1,0 +1,60 @@
+"""Flux.2 dev and Klein: Flux.1's blocks with one modulation for all of them, and a position for every token
+of text."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .family import BlockCall, JointFamily, picked
+
+
+class FluxBlocks(JointFamily):
+    """The double-stream blocks that Flux.1 began, as other models have them too."""
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.double_blocks)
+
+    def text(self, call: BlockCall) -> Tensor:
+        return call["txt"]
+
+    def step(
+        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
+    ) -> Tensor:
+        text = call["txt"].shape[1]
+        changed = call.but(
+            img=call["img"][:, :1].clone(),
+            txt=hidden,
+            pe=picked(call["pe"], 2, [*positions, text]),
+            attn_mask=None,
+            transformer_options=options,
+        )
+        return block.forward(**changed)[1]
+
+
+class Flux2(FluxBlocks):
+    name = "Flux.2"
+    model = "flux.model.Flux"
+    encoders = ("mistral3_24b", "qwen3_4b", "qwen3_8b")
+    loader = 'CLIPLoader, type "flux2": Mistral 3 for dev, Qwen 3 for Klein'
+    causal = True
+    guidance = True
+
+    def matches(self, model: nn.Module) -> bool:
+        return super().matches(model) and model.params.global_modulation
+
+    def default_layers(self, model: nn.Module) -> tuple[int, ...]:
+        """The last three: 5 to 7 of Flux.2 dev's 8, as in the reference."""
+        depth = len(model.double_blocks)
+        return tuple(range(max(0, depth - 3), depth))
+
+    def token_width(self, model: nn.Module) -> int:
+        return model.params.context_in_dim
+
+    def position(self, length: int, own: slice) -> int:
+        """ComfyUI fills texts up to 512 tokens from the left, so that their ends have the same positions.
+        Mistral's come unfilled; Qwen's are filled from the right by their own tokenizer."""
+        filled = max(0, 512 - length)
+        return filled + own.stop - 1 if filled else own.start
+
+
+FAMILIES = (Flux2(),)

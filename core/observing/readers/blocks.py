@@ -1,0 +1,249 @@
+"""Calls of any model with joint attention, read by calling its own blocks once more.
+
+The model does its own text side. Its forward pass, once more on one token of picture and left at the first
+block, embeds the concepts; each block, once more with the concepts as its text, takes them on. Inside that
+second call attention is ours: concepts attend to each other and to the keys that the picture had in the
+block's own call, which is seen through ``optimized_attention_override`` (ConceptAttention, arXiv 2502.04320,
+section 4). Shapes: B rows of the call, K concepts, N tokens of picture, H heads of d features, D = H * d.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...architectures.family import BlockCall, JointFamily
+from .reading import Complete, Guard, Look, ModelCall, named
+from .stream import dot_products, normalized_over_concepts
+
+# What other nodes put into transformer_options has no part in the concepts' own calls.
+_OTHERS = ("patches", "patches_replace", "wrappers", "callbacks", "optimized_attention_override")
+
+
+class _Embedded(BaseException):
+    """Leaves the model's forward pass at its first block."""
+
+
+class _Block(NamedTuple):
+    layer: int
+    module: nn.Module
+    call: BlockCall
+
+
+class BlockReading:
+    """A ``Reading`` in which all rows of a call carry the concepts; no argument of a block has to be cut."""
+
+    SPACES = ("output", "query-key", "value", "output, normalized concepts")
+
+    def __init__(
+        self,
+        family: JointFamily,
+        model: nn.Module,
+        call: ModelCall,
+        look: Look,
+        rows: Sequence[slice],
+        picture: int,
+        guard: Guard,
+        stop: bool,
+    ) -> None:
+        self._family, self._look, self._rows, self._guard, self._stop = family, look, rows, guard, stop
+        self._options, self._picture = call.options, picture
+        self._blocks = family.layers(model)
+        context = call.arguments.get("context", call.arguments.get("c_crossattn"))
+        self._text = context.shape[1]
+        self._hidden, self._positions = self._embed(model, call)
+        self._scores: dict[str, list[Tensor]] = {space: [] for space in look.spaces}
+        self._block: _Block | None = None
+        self._next = 0
+
+    @property
+    def _complete(self) -> bool:
+        return self._next > max(self._look.layers)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[dict]:
+        hooks = [
+            module.register_forward_pre_hook(self._entering(layer), with_kwargs=True)
+            for layer, module in enumerate(self._blocks[: max(self._look.layers) + 1])
+        ]
+        before = self._options.get("optimized_attention_override")
+
+        @torch.compiler.disable
+        def attention(function: Callable, *args, **kwargs):
+            out = function(*args, **kwargs) if before is None else before(function, *args, **kwargs)
+            if self._block is not None and not self._guard.broken:
+                with self._guard:
+                    block, self._block = (
+                        self._block,
+                        None,
+                    )  # of a block's attentions the first is the joint one
+                    self._attended(block, _Attention.of(*args, **kwargs), out)
+                if self._stop and self._complete:
+                    raise Complete
+            return out
+
+        try:
+            yield {**self._options, "optimized_attention_override": attention}
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def scores(self) -> list[dict[str, Tensor]]:
+        if not self._complete:
+            return []
+        stacked = {space: torch.stack(layers) for space, layers in self._scores.items()}
+        return [{space: scores[:, part] for space, scores in stacked.items()} for part in self._rows]
+
+    def _entering(self, layer: int) -> Callable:
+        @torch.compiler.disable
+        def entering(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            with self._guard:
+                call = BlockCall(named(module.forward, args, kwargs), self._text, self._picture)
+                self._block = _Block(layer, module, call)
+
+        return entering
+
+    def _attended(self, block: _Block, seen: _Attention, out: Tensor) -> None:
+        """Concepts go through the block, and are scored against the picture's rows ``out``."""
+        if block.layer != self._next:
+            raise RuntimeError(f"block {block.layer} ran where block {self._next} was due")
+        text = self._family.text(block.call)
+        picture = self._family.picture(block.call, seen.length)
+        if picture.stop > seen.length:
+            raise RuntimeError(
+                f"the attention of block {block.layer} has {seen.length} tokens, which a text of "
+                f"{text.shape[1]} and a picture of {self._picture} do not fit into"
+            )
+        hidden = self._hidden.expand(len(text), -1, -1)
+        concepts = _Concepts(self._family, self._look, seen, self._family.keys(block.call, seen.length))
+        options = {k: v for k, v in self._options.items() if k not in _OTHERS}
+        options["optimized_attention_override"] = concepts.attention(hidden.shape[1])
+        self._hidden = self._family.step(block.module, block.call, hidden.clone(), self._positions, options)
+        if block.layer in self._look.layers:
+            self._record(
+                concepts, seen, picture, out if out.ndim == 3 else rearrange(out, "b h l d -> b l (h d)")
+            )
+        self._next = block.layer + 1
+
+    def _record(self, concepts: _Concepts, seen: _Attention, picture: slice, out: Tensor) -> None:
+        for space, scores in self._scores.items():
+            if space == "output":
+                scores.append(dot_products(concepts.out, out[:, picture]))
+            elif space == "output, normalized concepts":
+                scores.append(dot_products(normalized_over_concepts(concepts.out), out[:, picture]))
+            elif space == "value":
+                values = rearrange(seen.v[:, :, picture], "b h n d -> b n (h d)")
+                scores.append(dot_products(rearrange(concepts.v, "b h k d -> b k (h d)"), values))
+            else:
+                keys = rearrange(seen.k[:, :, picture], "b h n d -> b n (h d)")
+                queries = rearrange(concepts.q, "b h k d -> b k (h d)")
+                scores.append(dot_products(queries, keys) * (seen.scale / seen.heads))
+
+    def _embed(self, model: nn.Module, call: ModelCall) -> tuple[Tensor, list[int]]:
+        """The concepts (1, K, D) as the model's first block would be given them, and their positions."""
+        tokens = self._look.tokens
+        rows: list[Tensor] = [None] * len(tokens.sequences)
+        for length in sorted({len(s) for s in tokens.sequences}):
+            names = [i for i, s in enumerate(tokens.sequences) if len(s) == length]
+            context = torch.stack([tokens.sequences[i] for i in names])
+            text = self._at_the_first_block(model, call, context)
+            for i, embedded in zip(names, text, strict=True):
+                rows[i] = embedded
+        positions = [
+            min(self._family.position(length, span), self._text - 1)
+            for length, span in zip(tokens.lengths, tokens.spans, strict=True)
+        ]
+        return tokens.pooled(rows)[None], positions
+
+    def _at_the_first_block(self, model: nn.Module, call: ModelCall, context: Tensor) -> Tensor:
+        given = call.arguments.get("context", call.arguments.get("c_crossattn"))
+        arguments = self._family.alone(model, call.arguments, context.to(given))
+        arguments["transformer_options"] = {k: v for k, v in self._options.items() if k not in _OTHERS}
+        found: list[Tensor] = []
+
+        def leave(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            block = BlockCall(named(module.forward, args, kwargs), context.shape[1], 1)
+            found.append(self._family.embedded(block, context.shape[1]).clone())
+            raise _Embedded
+
+        hook = self._blocks[0].register_forward_pre_hook(leave, with_kwargs=True)
+        try:
+            call.function(**arguments)
+        except _Embedded:
+            pass
+        finally:
+            hook.remove()
+        return found[0]
+
+
+class _Attention(NamedTuple):
+    """One call of an attention function: q, k and v (B, H, L, d), whatever shape they came in."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    heads: int
+    scale: float
+    heads_apart: bool
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[2]
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, heads: int, *args, **kwargs) -> _Attention:
+        def heads_first(x: Tensor) -> Tensor:
+            if not kwargs.get("skip_reshape", False):
+                x = x if x.ndim == 4 else x.unflatten(-1, (-1, width))
+                x = rearrange(x, "b l h d -> b h l d")
+            # Queries may share keys and values among them.
+            return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+        width = q.shape[-1] if q.ndim == 4 else q.shape[-1] // heads
+        q, k, v = (heads_first(x) for x in (q, k, v))
+        scale = kwargs.get("scale") or q.shape[-1] ** -0.5
+        return cls(q, k, v, heads, scale, kwargs.get("skip_output_reshape", False))
+
+
+class _Concepts:
+    """The concepts' own attention in one block: over each other and the picture's keys and values."""
+
+    def __init__(self, family: JointFamily, look: Look, seen: _Attention, keys: slice) -> None:
+        self._family, self._look, self._seen, self._keys = family, look, seen, keys
+        self.q = self.k = self.v = self.out = None
+
+    def attention(self, count: int) -> Callable:
+        """In place of an attention function in a block that has ``count`` concepts as its text."""
+
+        def attention(function: Callable, *args, **kwargs) -> Tensor:
+            given = _Attention.of(*args, **kwargs)
+            out = torch.zeros_like(given.q)
+            if self.out is None:  # a second attention is one of the picture alone
+                rows = slice(0, count) if self._family.text_first else slice(given.length - count, None)
+                attended = self._attend(given, rows)
+                out[:, :, rows] = attended
+                self.out = rearrange(attended, "b h k d -> b k (h d)")
+            return out if given.heads_apart else rearrange(out, "b h l d -> b l (h d)")
+
+        return attention
+
+    def _attend(self, given: _Attention, rows: slice) -> Tensor:
+        self.q, self.k, self.v = (x[:, :, rows] for x in (given.q, given.k, given.v))
+        keys, values = [], []
+        if self._look.attend_concepts:
+            keys.append(self.k)
+            values.append(self.v)
+        if self._look.attend_image:
+            keys.append(self._seen.k[:, :, self._keys])
+            values.append(self._seen.v[:, :, self._keys])
+        if not keys:
+            return self.v
+        return F.scaled_dot_product_attention(
+            self.q, torch.cat(keys, 2), torch.cat(values, 2), scale=given.scale
+        )

@@ -1,0 +1,107 @@
+"""Calls of Flux.1, read through the attention patches that its blocks have.
+
+The hooks are put into a copy of ``transformer_options``: last of the ``attn1_patch`` list, so that they see
+the final q, k, v, and first of ``attn1_output_patch``, so that they see the attention's output as it is,
+before guidance nodes edit it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...architectures import Family, flux1
+from .reading import Complete, Guard, Look, ModelCall
+from .stream import SPACES, ConceptStream
+
+
+class PatchReading:
+    """A ``Reading`` by a concept stream of its own for each part of the rows."""
+
+    SPACES = SPACES
+    STREAM: ClassVar[type[ConceptStream]] = ConceptStream
+
+    def __init__(
+        self,
+        family: Family,
+        model: nn.Module,
+        call: ModelCall,
+        look: Look,
+        rows: Sequence[slice],
+        picture: int,
+        guard: Guard,
+        stop: bool,
+    ) -> None:
+        self._options, self._picture, self._guard, self._stop = call.options, picture, guard, stop
+        timestep, guidance = call.arguments["timestep"], call.arguments.get("guidance")
+        concepts = look.tokens.pooled().to(call.x.device)
+        self._streams = [
+            (
+                part,
+                self.STREAM(
+                    flux1.TextStream(
+                        model, timestep[part], None if guidance is None else guidance[part], call.x.dtype
+                    ),
+                    concepts,
+                    look.layers,
+                    look.spaces,
+                    look.attend_image,
+                    look.attend_concepts,
+                ),
+            )
+            for part in rows
+        ]
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[dict]:
+        patches = {name: list(patches) for name, patches in self._options.get("patches", {}).items()}
+        patches.setdefault("attn1_patch", []).append(self._before_attention)
+        patches.setdefault("attn1_output_patch", []).insert(0, self._after_attention)
+        yield {**self._options, "patches": patches}
+
+    def scores(self) -> list[dict[str, Tensor]]:
+        if not all(stream.complete for _, stream in self._streams):
+            return []
+        return [
+            {space: torch.stack(layers) for space, layers in stream.scores.items()}
+            for _, stream in self._streams
+        ]
+
+    # What dynamo makes of a hook for one call it would keep for all: compiled blocks call it uncompiled.
+    @torch.compiler.disable
+    def _before_attention(self, q, k, v, pe=None, attn_mask=None, extra_options=None):
+        if extra_options.get("block_type") == "double" and not self._guard.broken:
+            with self._guard:
+                patches = self._patches(extra_options)
+                for part, stream in self._streams:
+                    stream.attend(
+                        extra_options["block_index"],
+                        *(t[part, :, patches] for t in (q, k, v)),
+                        rotate=lambda keys, part=part: _rotated(keys, pe, patches, part),
+                    )
+        return {}
+
+    @torch.compiler.disable
+    def _after_attention(self, out, extra_options):
+        if extra_options.get("block_type") == "double" and not self._guard.broken:
+            with self._guard:
+                for part, stream in self._streams:
+                    stream.score(extra_options["block_index"], out[part, self._patches(extra_options)])
+            if self._stop and all(stream.complete for _, stream in self._streams):
+                raise Complete
+        return out
+
+    def _patches(self, extra_options: dict) -> slice:
+        """The image's own tokens: after the text, before the tokens of reference images."""
+        start = extra_options["img_slice"][0]
+        return slice(start, start + self._picture)
+
+
+def _rotated(keys: Tensor, pe: Tensor | None, patches: slice, part: slice) -> Tensor:
+    if pe is not None:
+        pe = pe[part if len(pe) > 1 else slice(None), :, patches]
+    return flux1.rotate(keys, pe)

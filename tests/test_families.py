@@ -1,0 +1,208 @@
+"""Every family, by identities that hold for any model whose text and picture attend to each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from einops import rearrange
+from tiny_models import ROWS, Row, concepts_of, sample, tiny
+from torch import Tensor
+
+from concept_attention.core.architectures import families, family_of
+from concept_attention.core.concepts import ConceptTokens
+from concept_attention.core.observing import observe as observe_module
+from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.readers import reading_of
+from concept_attention.core.observing.readers.blocks import BlockReading
+from concept_attention.core.observing.recording import recording_of
+from concept_attention.core.reading.maps import concept_maps
+from concept_attention.core.reading.masks import concept_masks
+
+
+@pytest.fixture(params=ROWS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def row(name) -> Row:
+    return ROWS[name]
+
+
+@pytest.fixture
+def model(name):
+    return tiny(name)
+
+
+def watched(model, row: Row, tokens: ConceptTokens | None = None, **options):
+    tokens = tokens or row.concept_tokens()
+    return observe(model, concepts_of(len(tokens.sequences)), tokens, **options)
+
+
+def family(model):
+    return family_of(model.model.diffusion_model)
+
+
+def relative(ours: Tensor, expected: Tensor) -> float:
+    return float((ours.double() - expected.double()).norm() / expected.double().norm())
+
+
+class Reading(BlockReading):
+    """Keeps what it reads: for each call and layer the attention of the block's own call, its joint output, and
+    what the concepts made of it."""
+
+    def __init__(self, *args) -> None:
+        self.layers: list[tuple] = []
+        super().__init__(*args)
+        self.calls.append(self)
+
+    def _attended(self, block, seen, out) -> None:
+        self.keys = self._family.keys(block.call, seen.length)
+        super()._attended(block, seen, out)
+
+    def _record(self, concepts, seen, picture, out) -> None:
+        self.layers.append((seen, concepts, picture, self.keys, out))
+        super()._record(concepts, seen, picture, out)
+
+
+class PromptAsConcepts(Reading):
+    """The text rows of the model's first block go through it once more as concepts."""
+
+    def _embed(self, model, call):
+        return None, []
+
+    def _attended(self, block, seen, out) -> None:
+        rows = self._family.text(block.call)
+        if block.layer == 0:
+            self._hidden, self._positions = rows.clone(), list(range(rows.shape[1]))
+        self.text = rows.shape[1]
+        super()._attended(block, seen, out)
+
+
+class Embedding(Reading):
+    """Embeds the call's own context too, and keeps the text rows of the first block."""
+
+    def _embed(self, model, call):
+        context = call.arguments.get("context", call.arguments.get("c_crossattn"))
+        self.embedded = self._at_the_first_block(model, call, context)
+        return super()._embed(model, call)
+
+    def _attended(self, block, seen, out) -> None:
+        if block.layer == 0:
+            self.met = self._family.embedded(block.call, self._text).clone()
+        super()._attended(block, seen, out)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Samples with another reading than the families' own, and gives the readings."""
+
+    def run(reading: type[Reading], model, row, **options) -> list:
+        calls: list = []
+        kind = type("Reading", (reading,), {"calls": calls})
+        monkeypatch.setattr(observe_module, "reading_of", lambda family: kind)
+        samples = sample(watched(model, row), row, **options)
+        recording_of({"samples": samples})  # raises what failed
+        return calls
+
+    return run
+
+
+def test_a_row_is_of_its_family(model, row):
+    assert family(model).name == row.family
+
+
+def test_every_family_has_a_row():
+    assert {row.family for row in ROWS.values()} | {"Flux.1"} == {f.name for f in families()}
+
+
+def test_with_the_prompt_as_concepts_they_are_the_models_own_text_in_every_layer(model, row, read):
+    depth = len(family(model).layers(model.model.diffusion_model))
+    for call in read(PromptAsConcepts, model, row, batch=2, cfg=3.0, steps=1):
+        assert len(call.layers) == depth
+        for seen, concepts, _, _, out in call.layers:
+            text = slice(0, call.text) if family(model).text_first else slice(seen.length - call.text, None)
+            assert relative(concepts.out, _rows(out)[:, text]) <= 2e-6
+
+
+def test_the_model_embeds_concepts_as_it_does_its_own_text(model, row, read):
+    for call in read(Embedding, model, row, batch=2, cfg=3.0, steps=1):
+        assert torch.equal(call.embedded, call.met)
+
+
+def _rows(out: Tensor) -> Tensor:
+    return out if out.ndim == 3 else rearrange(out, "b h l d -> b l (h d)")
+
+
+def test_scores_are_those_of_an_einsum_in_float64(model, row, read):
+    for call in read(Reading, model, row, batch=2, steps=1):
+        for layer, (seen, concepts, picture, keys, out) in enumerate(call.layers):
+            k = torch.cat((concepts.k, seen.k[:, :, keys]), 2).double()
+            v = torch.cat((concepts.v, seen.v[:, :, keys]), 2).double()
+            logits = torch.einsum("bhkd,bhnd->bhkn", concepts.q.double(), k) * seen.scale
+            attended = torch.einsum("bhkn,bhnd->bkhd", logits.softmax(-1), v).flatten(2)
+            expected = torch.einsum("bkd,bnd->bkn", attended, _rows(out)[:, picture].double())
+            assert relative(call._scores["output"][layer], expected) <= 1e-5
+
+
+class Beside:
+    """Another node's attention override: what it is given goes through it, once per attention."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, function, *args, **kwargs):
+        self.calls += 1
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("cfg,batch", [(1.0, 1), (3.0, 2)])
+def test_the_picture_stays_the_same_to_the_last_bit(model, row, cfg, batch):
+    plain = sample(model, row, cfg=cfg, batch=batch)
+    samples = sample(watched(model, row), row, cfg=cfg, batch=batch)
+    assert torch.equal(samples, plain)
+    recording = recording_of({"samples": samples})
+    assert recording.layers == tuple(range(len(family(model).layers(model.model.diffusion_model))))
+    grid = family(model).grid(model.model.diffusion_model, samples)
+    shape = (len(recording.layers), batch * grid.frames, 3, grid.rows, grid.columns)
+    assert [s.shape for s in recording.scores["output"]] == [shape] * 2
+    maps = concept_maps(recording)
+    assert torch.allclose(maps.values.sum(1), torch.ones(()), atol=1e-5)
+    masks = concept_masks(maps, ["concept 1"])
+    assert masks[0].shape[-2:] == recording.image_size
+
+
+def test_another_nodes_attention_is_called_as_often_as_without(model, row):
+    calls = []
+    for observed in (model, watched(model, row)):
+        beside = Beside()
+        patched = observed.clone()
+        patched.model_options["transformer_options"]["optimized_attention_override"] = beside
+        calls.append((beside.calls, sample(patched, row), beside.calls))
+    assert torch.equal(calls[0][1], calls[1][1])
+    assert calls[0][2] == calls[1][2] > 0
+
+
+def test_maps_follow_their_names_into_another_order(model, row):
+    tokens = row.concept_tokens()
+    order = [2, 0, 1]
+    other = ConceptTokens(
+        *(tuple(values[i] for i in order) for values in (tokens.sequences, tokens.spans, tokens.lengths)),
+        tokens.pooling,
+    )
+    runs = (sample(watched(model, row, t), row) for t in (tokens, other))
+    first, second = (recording_of({"samples": samples}).scores["output"][-1] for samples in runs)
+    assert relative(second, first[:, :, order]) <= 1e-5
+    assert relative(first[:, :, 0], first[:, :, 1]) > 1e-2, "names differ"
+
+
+def test_no_hook_stays_behind(model, row):
+    sample(watched(model, row), row, steps=1)
+    assert not any(m._forward_pre_hooks for m in model.model.diffusion_model.modules())
+
+
+def test_every_space_of_the_reader_is_recorded(model, row):
+    spaces = reading_of(family(model)).SPACES
+    recording = recording_of({"samples": sample(watched(model, row, spaces=spaces), row, steps=1)})
+    assert set(recording.scores) == set(spaces)
+    assert all(s.isfinite().all() for scores in recording.scores.values() for s in scores)
