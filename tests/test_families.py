@@ -48,8 +48,8 @@ def relative(ours: Tensor, expected: Tensor) -> float:
 
 
 class Reading(BlockReading):
-    """Keeps what it reads: for each call and layer the attention of the block's own call, its joint output, and
-    what the concepts made of it."""
+    """Keeps what it reads of each layer: the attention of the block's own call, what the concepts made of it,
+    where the picture and the concepts' keys lie in it, and its output."""
 
     def __init__(self, *args) -> None:
         self.layers: list[tuple] = []
@@ -70,6 +70,9 @@ class PromptAsConcepts(Reading):
 
     def _embed(self, model, call):
         return None, []
+
+    def scores(self) -> list:
+        return []
 
     def _attended(self, block, seen, out) -> None:
         rows = self._family.text(block.call)
@@ -101,8 +104,9 @@ def read(monkeypatch):
         calls: list = []
         kind = type("Reading", (reading,), {"calls": calls})
         monkeypatch.setattr(observe_module, "reading_of", lambda family: kind)
-        samples = sample(watched(model, row), row, **options)
-        recording_of({"samples": samples})  # raises what failed
+        sample(watched(model, row), row, **options)
+        assert calls
+        assert not any(call._guard.broken for call in calls)
         return calls
 
     return run
@@ -193,7 +197,7 @@ def test_maps_follow_their_names_into_another_order(model, row):
     runs = (sample(watched(model, row, t), row) for t in (tokens, other))
     first, second = (recording_of({"samples": samples}).scores["output"][-1] for samples in runs)
     assert relative(second, first[:, :, order]) <= 1e-5
-    assert relative(first[:, :, 0], first[:, :, 1]) > 1e-2, "names differ"
+    assert relative(first[:, :, 0], first[:, :, 1]) > 1e-4, "names differ"
 
 
 def test_no_hook_stays_behind(model, row):

@@ -43,8 +43,10 @@ class Family:
         raise NotImplementedError
 
     def default_layers(self, model: nn.Module) -> tuple[int, ...]:
-        """The layers that maps are made from unless others are asked for."""
-        raise NotImplementedError
+        """The layers that maps are made from unless others are asked for: the last third, until real weights
+        show better ones."""
+        depth = len(self.layers(model))
+        return tuple(range(depth - -(-depth // 3), depth))
 
     def token_width(self, model: nn.Module) -> int:
         """C, the width of the text tokens that the model takes."""
@@ -61,10 +63,11 @@ class Family:
 
 
 class BlockCall(NamedTuple):
-    """One call of a block: its arguments by name, the tokens of the text that the model was given, and those
-    of the picture."""
+    """One call of a block of ``model``: its arguments by name, how many tokens of text the model was given,
+    and how many the picture has."""
 
     arguments: dict[str, Any]
+    model: nn.Module
     text: int
     picture: int
 
@@ -74,6 +77,10 @@ class BlockCall(NamedTuple):
     def but(self, **changed: Any) -> dict[str, Any]:
         """The arguments with some of them changed."""
         return {**self.arguments, **changed}
+
+
+# What is about the picture, or fits only the text that was given.
+_NOT_ALONE = ("control", "ref_latents", "ref_contexts", "siglip_feats", "attention_mask")
 
 
 class JointFamily(Family):
@@ -127,8 +134,8 @@ class JointFamily(Family):
         for name, value in arguments.items():
             if name in ("context", "c_crossattn"):
                 value = context
-            elif name in ("control", "ref_latents", "attention_mask"):
-                value = None
+            elif name in _NOT_ALONE:
+                continue
             elif name == "num_tokens":
                 value = context.shape[1]
             elif isinstance(value, Tensor) and value.ndim:

@@ -21,11 +21,13 @@ class FluxBlocks(JointFamily):
         self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
     ) -> Tensor:
         text = call["txt"].shape[1]
+        dims = call.arguments.get("modulation_dims_img")
         changed = call.but(
             img=call["img"][:, :1].clone(),
             txt=hidden,
             pe=picked(call["pe"], 2, [*positions, text]),
             attn_mask=None,
+            modulation_dims_img=None if dims is None else [(0, 1, 0)],
             transformer_options=options,
         )
         return block.forward(**changed)[1]

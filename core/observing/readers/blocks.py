@@ -54,7 +54,7 @@ class BlockReading:
     ) -> None:
         self._family, self._look, self._rows, self._guard, self._stop = family, look, rows, guard, stop
         self._options, self._picture = call.options, picture
-        self._blocks = family.layers(model)
+        self._model, self._blocks = model, family.layers(model)
         context = call.arguments.get("context", call.arguments.get("c_crossattn"))
         self._text = context.shape[1]
         self._hidden, self._positions = self._embed(model, call)
@@ -104,7 +104,7 @@ class BlockReading:
         @torch.compiler.disable
         def entering(module: nn.Module, args: tuple, kwargs: dict) -> None:
             with self._guard:
-                call = BlockCall(named(module.forward, args, kwargs), self._text, self._picture)
+                call = BlockCall(named(module.forward, args, kwargs), self._model, self._text, self._picture)
                 self._block = _Block(layer, module, call)
 
         return entering
@@ -168,7 +168,7 @@ class BlockReading:
         found: list[Tensor] = []
 
         def leave(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            block = BlockCall(named(module.forward, args, kwargs), context.shape[1], 1)
+            block = BlockCall(named(module.forward, args, kwargs), model, context.shape[1], 1)
             found.append(self._family.embedded(block, context.shape[1]).clone())
             raise _Embedded
 

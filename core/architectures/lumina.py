@@ -1,0 +1,72 @@
+"""Lumina 2 and Z-Image: one stream of text, then picture, after refiners of their own for each."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .family import BlockCall, JointFamily, picked
+
+
+class NextDiT(JointFamily):
+    causal = True
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.layers)
+
+    def token_width(self, model: nn.Module) -> int:
+        return model.cap_embedder[1].in_features
+
+    def text(self, call: BlockCall) -> Tensor:
+        return call["x"][:, : _filled(call.model, call.text)]
+
+    def picture(self, call: BlockCall, length: int) -> slice:
+        """The last, after those that are only to be referred to."""
+        start = length - _filled(call.model, call.picture)
+        return slice(start, start + call.picture)
+
+    def keys(self, call: BlockCall, length: int) -> slice:
+        """With what fills the picture up: the model's own text attends to it."""
+        return slice(length - _filled(call.model, call.picture), length)
+
+    def step(
+        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
+    ) -> Tensor:
+        changed = call.but(
+            x=hidden,
+            x_mask=None,
+            freqs_cis=picked(call["freqs_cis"], 1, positions),
+            # The second half, where reference images are modulated at time 0.
+            adaln_input=call["adaln_input"][-len(hidden) :],
+            timestep_zero_index=None,
+            transformer_options=options,
+        )
+        return block.forward(**changed)
+
+
+def _filled(model: nn.Module, tokens: int) -> int:
+    """Z-Image fills text and picture up to multiples of 32 tokens."""
+    multiple = model.pad_tokens_multiple or 1
+    return -(-tokens // multiple) * multiple
+
+
+class Lumina2(NextDiT):
+    name = "Lumina 2"
+    model = "lumina.model.NextDiT"
+    encoders = ("gemma2_2b", "gemma3_4b")
+    loader = 'CLIPLoader, type "lumina2": Gemma 2'
+
+    def matches(self, model: nn.Module) -> bool:
+        return super().matches(model) and model.pad_tokens_multiple is None
+
+
+class ZImage(NextDiT):
+    name = "Z-Image"
+    model = "lumina.model.NextDiT"
+    encoders = ("qwen3_4b",)
+    loader = 'CLIPLoader, type "lumina2": Qwen 3 4B'
+
+    def matches(self, model: nn.Module) -> bool:
+        return super().matches(model) and model.pad_tokens_multiple is not None
+
+
+FAMILIES = (Lumina2(), ZImage())
