@@ -3,7 +3,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.drawing.render import heatmap_images
-from ..core.observing.recording import parse_layers, recording_of
+from ..core.observing.latents import recording_of
+from ..core.observing.recording import parse_layers
 from ..core.reading.maps import GROUNDINGS, ConceptMaps, concept_maps, upscale
 from .types import CATEGORY, ConceptMapsType
 

@@ -31,9 +31,10 @@ import nodes
 from concept_attention.core.architectures import flux1
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.observing import observe as observe_module
+from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import KEY, observe
 from concept_attention.core.observing.readers.stream import SPACES, ConceptStream
-from concept_attention.core.observing.recording import Recorder, Recording, RecordingError, recording_of
+from concept_attention.core.observing.recording import Recorder, Recording, RecordingError
 from concept_attention.core.reading.maps import concept_maps
 from tiny_flux import CONCEPTS, concept_tokens, conditioning, random_flux, sample
 
@@ -326,14 +327,14 @@ def test_the_reason_for_a_missing_recording_lives_as_long_as_its_latent(model, m
     assert died() is None
 
 
-def test_with_fp16_intermediates_custom_samplers_are_recorded_and_ksampler_says_why_not(model, monkeypatch):
+def test_with_fp16_intermediates_both_kinds_of_samplers_are_recorded(model, monkeypatch):
     """The option makes a copy of what KSampler returns, after the run; not of what custom samplers do."""
     monkeypatch.setattr(comfy.model_management, "intermediate_dtype", lambda: torch.float16)
-    plain, ours = sample(model), sample(observed(model))
+    watched = observed(model)
+    plain, ours = sample(model), sample(watched)
     assert ours.dtype == torch.float16
     assert torch.equal(plain, ours)
-    with pytest.raises(RecordingError, match="--fp16-intermediates"):
-        recording(ours)
+    assert len(recording(ours).sigmas) == 3
     plain, ours = (
         sample_custom_advanced(GUIDERS["BasicGuider"](m).result[0])[0] for m in (model, observed(model))
     )
@@ -903,6 +904,23 @@ def test_what_a_broken_model_computes_is_no_recording(model, monkeypatch):
         recording(samples)
 
 
+def test_an_image_that_is_no_number_leaves_the_others_their_maps(model, caplog):
+    latent = picture(3)
+    clean = recording(sample(observed(model), latent=latent, denoise=0.6))
+    latent[1, 0, 0, 0] = torch.nan
+    samples = sample(observed(model), latent=latent, denoise=0.6)
+    assert torch.equal(samples.isnan(), sample(model, latent=latent, denoise=0.6).isnan())
+    found = recording(samples)
+    assert "step 0, from layer 0 on (image 2 of 3), so there are no maps" in caplog.text
+    maps, expected = concept_maps(found).values, concept_maps(clean).values
+    assert (maps[1] == 0).all()
+    assert torch.equal(maps[[0, 2]], expected[[0, 2]])
+    one = {"samples": samples}
+    assert recording_of(nodes.LatentFromBatch().frombatch(one, 2, 1)[0]).broken == {}
+    with pytest.raises(RecordingError, match=r"NaN or infinite values in step 0.*\(image 1 of 1\)"):
+        recording_of(nodes.LatentFromBatch().frombatch(one, 1, 1)[0])
+
+
 def test_a_schedule_of_prompts_is_recorded_throughout(model):
     early = conditioning(2, start_percent=0.0, end_percent=0.5)
     late = conditioning(4, start_percent=0.5, end_percent=1.0)
@@ -1001,6 +1019,22 @@ def test_tiled_sampling_is_named_as_the_reason(model):
     samples = sample(observed(tiled), cfg=3.0)
     assert torch.equal(samples, sample(tiled, cfg=3.0))
     with pytest.raises(RecordingError, match=r"tile of 6 x 4 patches; the image has 6 x 8.*tiled sampling"):
+        recording(samples)
+
+
+def in_tiles_at_once(apply_model, args):
+    """As Tiled Diffusion does with a tile batch size of 2."""
+    tiles = torch.cat(args["input"].chunk(2, 3))
+    doubled = {k: torch.cat([v, v]) if isinstance(v, Tensor) else v for k, v in args["c"].items()}
+    return torch.cat(apply_model(tiles, args["timestep"].repeat(2), **doubled).chunk(2), 3)
+
+
+def test_tiles_in_one_batch_are_named_as_the_reason(model):
+    tiled = model.clone()
+    tiled.set_model_unet_function_wrapper(in_tiles_at_once)
+    samples = sample(observed(tiled))
+    assert torch.equal(samples, sample(tiled))
+    with pytest.raises(RecordingError, match=r"2 tiles of 12 x 8 at once.*is 12 x 16, and tiled sampling"):
         recording(samples)
 
 

@@ -26,8 +26,9 @@ from torch.nn import functional
 
 from ..architectures import family_of
 from ..concepts import Concepts
+from .latents import History, remember
 from .readers.stream import SPACES, ConceptStream
-from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, remember, unrecorded
+from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, unrecorded
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -141,6 +142,7 @@ class _Observer:
         self._budget = budget
         self._listener = listener
         self._runs: weakref.WeakKeyDictionary[CFGGuider, _Run] = weakref.WeakKeyDictionary()
+        self._history = History()
 
     def tokens_on(self, device: torch.device) -> Tensor:
         """The concepts' tokens. They are copied once: copying from ordinary memory waits for the device."""
@@ -148,24 +150,46 @@ class _Observer:
             self._tokens[device] = next(iter(self._tokens.values())).to(device)
         return self._tokens[device]
 
-    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    def outer_sample(
+        self,
+        executor,
+        noise,
+        latent_image,
+        sampler,
+        sigmas,
+        denoise_mask=None,
+        callback=None,
+        *args,
+        **kwargs,
+    ):
         guider: CFGGuider = executor.class_obj
         try:
             self._runs[guider] = _Run(self._recorder(guider, noise, sigmas), self._listener)
         except Exception as error:
             recording = _reason(error)
+        steps = _Steps(callback)
         try:
-            samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, steps, *args, **kwargs)
         finally:
             run = self._runs.pop(guider, None)
         # Samplers move the result here next. Moved already, it stays the tensor that the LATENT holds.
         samples = samples.to(comfy.model_management.intermediate_device())
         if run is not None:
             try:
-                recording = run.recorder.finish()
+                recording = run.recorder.finish(steps.taken)
             except Exception as error:
                 recording = _reason(error)
-        remember(samples, recording)
+        origin = remember(samples, recording, by_content=False)
+        if self.maps_only or not (steps.taken or (run and run.recorder.evaluated)):
+            return samples  # which hold no picture that this run made
+        self._history.add(origin)
+        try:
+            origin.know(samples)
+            if steps.x0 is not None:
+                # On the CPU, as the nodes do that hand it on: a GPU rounds otherwise.
+                origin.know(guider.model_patcher.model.process_latent_out(steps.x0.cpu()))
+        except Exception:
+            logging.warning("Concept Attention will not recognise copies of this LATENT.", exc_info=True)
         return samples
 
     def _recorder(self, guider: CFGGuider, noise: Tensor, sigmas: Tensor) -> Recorder:
@@ -247,7 +271,7 @@ class _Observer:
         hooks = _Hooks(self, executor.class_obj, evaluation)
         evaluation.calls += 1
         with hooks.failing_quietly():
-            for chunk in chunks.positive(transformer_options, evaluation, len(x)):
+            for chunk in chunks.positive(transformer_options, evaluation, x):
                 hooks.follow(chunk, x, timestep, guidance)
         if not hooks.active:
             return unobserved()
@@ -293,6 +317,20 @@ class _Run:
             self.listener = None
 
 
+class _Steps:
+    """The sampler's callback: how many steps it took, and the latent that the last one predicted (x0)."""
+
+    def __init__(self, callback: Callable[..., object] | None) -> None:
+        self._callback = callback
+        self.taken = 0
+        self.x0: Tensor | None = None
+
+    def __call__(self, step: int, x0: Tensor, *args) -> object:
+        self.taken += 1
+        self.x0 = x0
+        return None if self._callback is None else self._callback(step, x0, *args)
+
+
 class _Chunk(NamedTuple):
     """One positive conditioning in a call of the model: its rows, the images that they are, and the area
     (height, width, y, x) of the latent that the call was cut down to. ``weight`` and ``default`` are as in
@@ -321,10 +359,10 @@ class _ConditioningChunks:
             c.get("uuid") for name, conds in guider.conds.items() if name != "positive" for c in conds or []
         }
 
-    def positive(self, options: dict, evaluation: Evaluation, rows: int) -> list[_Chunk]:
+    def positive(self, options: dict, evaluation: Evaluation, x: Tensor) -> list[_Chunk]:
         kinds = options.get("cond_or_uncond") or [0]
         uuids = options.get("uuids") or [None] * len(kinds)
-        size = rows // len(kinds)
+        size = len(x) // len(kinds)
         window = options.get("context_window")
         batch: slice | list[int] = slice(0, size)
         if window is not None and getattr(window, "dim", None) == 0:
@@ -332,8 +370,12 @@ class _ConditioningChunks:
             if (anchor := getattr(window, "causal_anchor_index", None)) is not None:
                 batch.insert(0, anchor)  # an image from before the window that ComfyUI puts in front
         elif size != evaluation.recorder.batch:
+            called, whole = (t.shape[-2:] for t in (x, self._x))
             raise RuntimeError(
                 f"the model was called with {size} images, the latent has {evaluation.recorder.batch}"
+                if called == whole
+                else f"the model was called with {size} tiles of {called[0]} x {called[1]} at once; the "
+                f"latent is {whole[0]} x {whole[1]}, and tiled sampling cannot be recorded"
             )
         chunks = []
         for i, (kind, uuid) in enumerate(zip(kinds, uuids, strict=True)):
