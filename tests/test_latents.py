@@ -92,10 +92,12 @@ def saved_and_loaded(latent: dict, folder: Path, monkeypatch) -> dict:
 
 @pytest.mark.parametrize("sigmas", [[1.0, 0.5, 0.0], [1.0, 0.5]], ids=["to the end", "noise left"])
 @pytest.mark.parametrize("sampler", ["euler", "res_multistep", "dpmpp_2m", "uni_pc", "lcm"])
-def test_denoised_output_has_the_maps_of_its_run(watched, sampler, sigmas):
+def test_both_latents_of_a_custom_sampler_have_the_maps_of_its_run(watched, sampler, sigmas):
     output, denoised = sampler_custom_advanced(watched, sigmas, sampler, empty(2))
     assert denoised["samples"] is not output["samples"]
     assert recording_of(denoised) is recording_of(output)
+    for latent in (output, denoised):
+        assert torch.equal(scores(pick(latent, 1)), scores(output)[:, :, 1:])
 
 
 def test_the_denoised_latent_is_known_though_the_sampler_keeps_the_other_to_itself(watched):
