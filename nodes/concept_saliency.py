@@ -26,8 +26,9 @@ class ConceptSaliency(io.ComfyNode):
                     "latent",
                     [io.Latent, ConceptMapsType],
                     tooltip=(
-                        "Straight from a sampler whose model went through Concept Attention, or from Concept "
-                        "Attention (Image). Or concept maps that were loaded: their recording is read anew."
+                        "From a sampler whose model went through Concept Attention, or from Concept "
+                        "Attention (Image); images may be picked from it or batched on the way. Or concept "
+                        "maps that were loaded: their recording is read anew."
                     ),
                 ),
                 io.Combo.Input(
