@@ -669,6 +669,10 @@ def test_the_latent_is_the_encoded_image_and_keeps_the_recording(model, vae):
     }
     assert ConceptMask.execute(maps, "ball", {"method": "argmax"}, **cut).result[0].shape == (2, 60, 90)
 
+    second = recording_of({"samples": latent["samples"][1:].clone()})
+    for ours, both in zip(second.scores["output"], found.scores["output"], strict=True):
+        assert torch.equal(ours, both[:, 1:])
+
     recording = weakref.ref(found)
     del found, latent, maps
     gc.collect()
