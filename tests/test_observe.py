@@ -6,6 +6,8 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from functools import partial
+from unittest.mock import patch
 
 import comfy.controlnet
 import comfy.hooks
@@ -21,6 +23,7 @@ import comfy_extras.nodes_slg as slg
 import comfy_extras.nodes_torch_compile as torch_compile
 import pytest
 import torch
+from comfy.ldm.flux.layers import timestep_embedding
 from comfy.model_management import InterruptProcessingException
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
@@ -1071,6 +1074,56 @@ def test_a_model_that_never_runs_leaves_an_error_with_likely_causes(model, repla
             recording(samples)
         for word in ("3 evaluations", "TeaCache", "compiled", "Switch such nodes off"):
             assert word in str(error.value)
+
+
+class BlockCache:
+    """A node like TeaCache: it puts a forward pass of its own in the model's place, which calls the blocks
+    without their options and skips them in every other evaluation."""
+
+    def __init__(self) -> None:
+        self.evaluations, self.residual = 0, None
+
+    def __call__(self, model: ModelPatcher) -> ModelPatcher:
+        cached, flux = model.clone(), model.get_model_object("diffusion_model")
+
+        def wrapper(apply_model, args):
+            with patch.object(flux, "forward_orig", partial(self.forward, flux)):
+                return apply_model(args["input"], args["timestep"], **args["c"])
+
+        cached.set_model_unet_function_wrapper(wrapper)
+        return cached
+
+    def forward(self, flux, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, *args, **kwargs):
+        img, txt = flux.img_in(img), flux.txt_in(txt)
+        vec = flux.time_in(timestep_embedding(timesteps, 256)) + flux.vector_in(y)
+        vec = vec + flux.guidance_in(timestep_embedding(guidance, 256))
+        pe = flux.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
+        if self.evaluations % 2 == 0:
+            before = img.clone()
+            for block in flux.double_blocks:
+                img, txt = block(img=img, txt=txt, vec=vec, pe=pe, attn_mask=None)
+            both = torch.cat((txt, img), 1)
+            for block in flux.single_blocks:
+                both = block(both, vec=vec, pe=pe, attn_mask=None)
+            self.residual = both[:, txt.shape[1] :] - before
+            img = before
+        self.evaluations += 1
+        return flux.final_layer(img + self.residual, vec)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_evaluations_that_a_forward_pass_of_another_node_runs_are_recorded(model, cfg):
+    run = {"steps": 4, "cfg": cfg}
+    plain = sample(BlockCache()(model), **run)
+    assert not torch.equal(plain, sample(model, **run))
+    expected = first_scores(sample(observed(model), **run))
+    for patched in (observed(BlockCache()(model)), BlockCache()(observed(model))):
+        samples = sample(patched, **run)
+        assert torch.equal(samples, plain)
+        assert recording(samples).steps == (0, 2)
+        assert relative(first_scores(samples), expected) <= TOLERANCE
+    blocks = model.get_model_object("diffusion_model").double_blocks
+    assert not any(block._forward_pre_hooks for block in blocks)
 
 
 def without_patches(args: dict, extra: dict) -> dict:

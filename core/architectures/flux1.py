@@ -30,6 +30,11 @@ def default_layers(model: Flux) -> tuple[int, ...]:
     return tuple(range(max(0, depth(model) - 4), depth(model)))
 
 
+def forward_replaced(model: Flux) -> bool:
+    """Whether another node runs the blocks in a way of its own, as TeaCache does."""
+    return getattr(model.forward_orig, "__func__", None) is not Flux.forward_orig
+
+
 def token_width(model: Flux) -> int:
     return model.params.context_in_dim
 

@@ -281,7 +281,8 @@ class _Observer:
         patches.setdefault("attn1_output_patch", []).insert(0, hooks.after_attention)
         options["patches"] = patches
         try:
-            out = call(options)
+            with hooks.given_to_blocks():
+                out = call(options)
         except _Recorded:
             out = nothing()
         with hooks.failing_quietly():
@@ -458,6 +459,27 @@ class _Hooks:
         )
         stream = observer.stream(text, concepts=observer.tokens_on(x.device), layers=self._layers)
         self._followed.append((chunk, grid, stream))
+
+    @contextlib.contextmanager
+    def given_to_blocks(self):
+        """A forward pass that another node has put in the model's place may call the blocks without the
+        patches: such blocks are given these hooks, and no other node's patches. Not for maps alone, since
+        what that node caches would be left in disorder by a pass that ends half-way."""
+
+        def give(layer, block, args, kwargs):
+            options = kwargs.get("transformer_options") or {}
+            if self.before_attention in options.get("patches", {}).get("attn1_patch", ()):
+                return None
+            own = {"attn1_patch": [self.before_attention], "attn1_output_patch": [self.after_attention]}
+            place = {"block_type": "double", "block_index": layer, "patches": own}
+            return args, {**kwargs, "transformer_options": {**options, **place}}
+
+        with contextlib.ExitStack() as handles:
+            if not self._observer.maps_only and self._observer.family.forward_replaced(self._model):
+                for layer, block in enumerate(self._model.double_blocks):
+                    hook = block.register_forward_pre_hook(partial(give, layer), with_kwargs=True)
+                    handles.callback(hook.remove)
+            yield
 
     def before_attention(self, q, k, v, pe=None, attn_mask=None, extra_options=None):
         if extra_options.get("block_type") == "double" and self.active:
