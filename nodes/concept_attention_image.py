@@ -12,7 +12,7 @@ from ..core.observing.image import (
     patch_pixels,
     step_levels,
 )
-from ..core.observing.recording import remember
+from ..core.observing.latents import remember
 from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
 from .types import CATEGORY
 

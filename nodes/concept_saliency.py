@@ -3,7 +3,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..core.drawing.render import heatmap_images
-from ..core.observing.recording import parse_layers, recording_of
+from ..core.observing.latents import recording_of
+from ..core.observing.recording import parse_layers
 from ..core.reading.maps import GROUNDINGS, ConceptMaps, concept_maps, upscale
 from .types import CATEGORY, ConceptMapsType
 
@@ -25,8 +26,9 @@ class ConceptSaliency(io.ComfyNode):
                     "latent",
                     [io.Latent, ConceptMapsType],
                     tooltip=(
-                        "Straight from a sampler whose model went through Concept Attention, or from Concept "
-                        "Attention (Image). Or concept maps that were loaded: their recording is read anew."
+                        "From a sampler whose model went through Concept Attention, or from Concept "
+                        "Attention (Image); images may be picked from it or batched on the way. Or concept "
+                        "maps that were loaded: their recording is read anew."
                     ),
                 ),
                 io.Combo.Input(

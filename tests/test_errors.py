@@ -5,11 +5,9 @@ from __future__ import annotations
 import comfy.ldm.flux.model
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
 import comfy.ops
-import comfy.samplers
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
-import comfy_extras.nodes_custom_sampler as custom_sampler
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -18,7 +16,7 @@ import nodes
 from concept_attention.nodes.concept_attention import ConceptAttention
 from concept_attention.nodes.concept_mask import ConceptMask
 from concept_attention.nodes.concept_saliency import ConceptSaliency
-from tiny_flux import conditioning, random_clip, random_flux, sample
+from tiny_flux import random_clip, random_flux, sample
 
 
 @pytest.fixture(scope="module")
@@ -237,25 +235,14 @@ def test_a_range_with_a_gap_means_the_layers_in_it(model, clip):
 
 NOT_SAMPLED = {
     "an empty latent": lambda model, clip: nodes.EmptyLatentImage().generate(128, 96)[0],
-    "sampled without the plugin": lambda model, clip: {"samples": sample(model)},
+    "sampled without the plugin": lambda model, clip: {"samples": sample(model, seed=77)},
     "upscaled": lambda model, clip: nodes.LatentUpscaleBy().upscale(
         {"samples": sample(attend(model, clip))}, "nearest-exact", 2.0
     )[0],
-    "taken out of a batch": lambda model, clip: nodes.LatentFromBatch().frombatch(
-        {"samples": sample(attend(model, clip), latent=torch.zeros(2, 16, 12, 16))}, 0, 1
-    )[0],
-    "denoised_output": lambda model, clip: denoised_output(attend(model, clip)),
+    "of a sampler without a step": lambda model, clip: {
+        "samples": sample(attend(model, clip), latent=torch.ones(1, 16, 12, 16), denoise=0.0)
+    },
 }
-
-
-def denoised_output(model: ModelPatcher) -> dict:
-    return custom_sampler.SamplerCustomAdvanced.execute(
-        custom_sampler.Noise_RandomNoise(1),
-        custom_sampler.BasicGuider.execute(model, conditioning(2)).result[0],
-        comfy.samplers.sampler_object("euler"),
-        torch.tensor([1.0, 0.5, 0.0]),
-        {"samples": torch.zeros(1, 16, 12, 16)},
-    ).result[1]
 
 
 @pytest.mark.parametrize("name", NOT_SAMPLED)
@@ -263,7 +250,7 @@ def test_a_latent_that_no_observed_run_returned(model, clip, name):
     latent = NOT_SAMPLED[name](model, clip)
     with pytest.raises(ValueError, match="was not sampled with Concept Attention") as error:
         saliency(latent)
-    says(error, "between the model and the sampler", "not denoised_output", "upscaled", "batched")
+    says(error, "between the model and the sampler", "last run of their sampler", "upscale", "denoise 0")
 
 
 def test_a_run_that_could_not_be_recorded_says_why(model, clip):

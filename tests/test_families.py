@@ -11,10 +11,10 @@ from torch import Tensor
 from concept_attention.core.architectures import families, family_of
 from concept_attention.core.concepts import ConceptTokens
 from concept_attention.core.observing import observe as observe_module
+from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import observe
 from concept_attention.core.observing.readers import reading_of
 from concept_attention.core.observing.readers.blocks import BlockReading
-from concept_attention.core.observing.recording import recording_of
 from concept_attention.core.reading.maps import concept_maps
 from concept_attention.core.reading.masks import concept_masks
 

@@ -11,8 +11,8 @@ import torch
 
 from concept_attention.core.architectures import flux1
 from concept_attention.core.observing.image import observe_image
+from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.readers.stream import SPACES, ConceptStream
-from concept_attention.core.observing.recording import recording_of
 from concept_attention.core.reading.maps import heatmaps
 from tiny_flux import Golden, load_golden
 

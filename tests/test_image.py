@@ -41,9 +41,10 @@ from concept_attention.core.observing.image import (
     patch_pixels,
     step_levels,
 )
+from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import KEY, observe
 from concept_attention.core.observing.readers.stream import SPACES, ConceptStream
-from concept_attention.core.observing.recording import Recorder, Recording, RecordingError, recording_of
+from concept_attention.core.observing.recording import Recorder, Recording, RecordingError
 from concept_attention.core.reading.maps import concept_maps, heatmaps
 from concept_attention.nodes.concept_attention_image import ConceptAttentionImage
 from concept_attention.nodes.concept_mask import ConceptMask
@@ -181,6 +182,31 @@ def test_a_batch_is_its_images_one_by_one(model):
         alone = look(model, latents(3)[i : i + 1], noise=noise[:, i : i + 1])
         for scores, expected in zip(batch.scores["output"], alone.scores["output"], strict=True):
             assert relative(scores[:, i : i + 1], expected) <= TOLERANCE
+
+
+def test_an_image_that_is_no_number_leaves_the_others_their_maps(model):
+    batch = latents(3)
+    clean = look(model, batch, levels=(0.3, 0.6))
+    batch[1, 0, 0, 0] = torch.nan
+    found = look(model, batch, levels=(0.3, 0.6))
+    assert found.broken == {1: (0, 0)}
+    maps, expected = concept_maps(found).values, concept_maps(clean).values
+    assert (maps[1] == 0).all()
+    assert torch.equal(maps[[0, 2]], expected[[0, 2]])
+    with pytest.raises(RecordingError, match=r"NaN or infinite values in step 0.*\(image 1 of 1\)"):
+        look(model, batch[1:2])
+
+
+@pytest.mark.parametrize("average", ["after softmax", "before softmax"])
+def test_a_look_that_gives_no_number_is_left_out_of_the_mean(model, average, caplog):
+    noise = torch.randn(3, 2, 16, 12, 16, generator=torch.Generator().manual_seed(1))
+    expected = look(model, latents(2), noise=noise[[0, 2]], average=average)
+    noise[1, 1, 0, 0, 0] = torch.nan
+    found = look(model, latents(2), noise=noise, average=average)
+    assert found.broken == {}
+    assert "in 1 of 3 looks at image 2" in caplog.text
+    ours, without = (concept_maps(each).values[1] for each in (found, expected))
+    assert torch.allclose(ours, without, atol=1e-6)
 
 
 def test_no_noise_shows_the_image_itself(model):
@@ -652,6 +678,10 @@ def test_the_latent_is_the_encoded_image_and_keeps_the_recording(model, vae):
         "invert": False,
     }
     assert ConceptMask.execute(maps, "ball", {"method": "argmax"}, **cut).result[0].shape == (2, 60, 90)
+
+    second = recording_of({"samples": latent["samples"][1:].clone()})
+    for ours, both in zip(second.scores["output"], found.scores["output"], strict=True):
+        assert torch.equal(ours, both[:, 1:])
 
     recording = weakref.ref(found)
     del found, latent, maps

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.geometry import Grid
-from concept_attention.core.observing.recording import Pass, Recorder, RecordingError, recording_of, remember
-from recordings import recording
+from concept_attention.core.observing.recording import Pass, Recorder, RecordingError
 
 CONCEPTS = Concepts(("cat",), ("sky",))
 
@@ -104,34 +101,24 @@ def test_the_first_failure_is_the_reason():
         r.finish()
 
 
-def test_the_latents_tensor_is_the_key():
-    samples, found = torch.zeros(1, 16, 4, 4), recording()
-    remember(samples, found)
-    assert recording_of({"samples": samples, "noise_mask": None}) is found
-    with pytest.raises(RecordingError, match="not sampled with Concept Attention"):
-        recording_of({"samples": samples.clone()})
+def test_a_run_without_a_step_and_one_past_the_wrappers_have_reasons_of_their_own():
+    with pytest.raises(RecordingError, match=r"took no step.*go from 1 to 0\. Raise its denoise"):
+        recorder().finish()
+    with pytest.raises(RecordingError, match=r"although the sampler took 4 steps.*Normalized Attention"):
+        recorder().finish(taken=4)
 
 
-def test_the_reason_for_no_recording_is_raised_when_maps_are_asked_for():
-    samples = torch.zeros(1)
-    remember(samples, "because")
-    with pytest.raises(RecordingError, match="because"):
-        recording_of({"samples": samples})
+def test_an_image_that_is_no_number_anywhere_is_broken_as_a_whole():
+    passes = [a_pass(1.0, batch=slice(0, 3), rows=3), a_pass(2.0, batch=slice(0, 3), rows=3)]
+    passes[1].scores["output"][2, 1, 0, 1, 1] = torch.inf
+    found = finish(*[[each] for each in passes], batch=3, sigmas=[1.0, 0.75])
+    assert found.broken == {1: (1, 2)}
+    for scores, value in zip(found.scores["output"], (1.0, 2.0), strict=True):
+        assert scores[:, 1].isnan().all()
+        assert (scores[:, [0, 2]] == value).all()
 
 
-def test_a_recording_dies_with_its_latent():
-    import weakref
-
-    samples, found = torch.zeros(1), recording()
-    remember(samples, found)
-    alive = weakref.ref(found)
-    del found
-    assert alive() is not None
-    del samples
-    gc.collect()
-    assert alive() is None
-
-
-def test_a_latent_of_several_tensors_has_no_recording():
-    with pytest.raises(RecordingError, match="not sampled with Concept Attention"):
-        recording_of({"samples": object()})
+def test_a_broken_image_in_a_window_is_the_one_of_the_batch():
+    window = a_pass(1.0, batch=[2, 0], rows=2)
+    window.scores["output"][0, 0] = torch.nan
+    assert finish([a_pass(1.0, batch=[1], rows=1), window], batch=3).broken == {2: (0, 0)}

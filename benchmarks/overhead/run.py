@@ -140,8 +140,8 @@ def step(bench: Bench) -> list[dict]:
     from side_stream import SideStream
 
     import concept_attention.core.observing.observe as observe_module
+    from concept_attention.core.observing.latents import recording_of
     from concept_attention.core.observing.readers.patches import PatchReading
-    from concept_attention.core.observing.recording import recording_of
 
     def reading_with(stream: type) -> contextlib.AbstractContextManager:
         """For models that are observed meanwhile."""
@@ -265,7 +265,7 @@ def trace(bench: Bench) -> list[dict]:
 
 def recording(bench: Bench) -> list[dict]:
     """What a recording takes on the CPU: measured of a sampled one, and in proportion."""
-    from concept_attention.core.observing.recording import recording_of
+    from concept_attention.core.observing.latents import recording_of
 
     rows = []
     for scene in bench.scenes:
@@ -293,7 +293,8 @@ def reading(bench: Bench) -> list[dict]:
     """Maps and masks from a recording of 28 steps, 19 layers and 5 concepts at 1024 x 1024, in milliseconds
     of one CPU thread."""
     from concept_attention.core.concepts import Concepts
-    from concept_attention.core.observing.recording import Recording, remember
+    from concept_attention.core.observing.latents import remember
+    from concept_attention.core.observing.recording import Recording
     from concept_attention.core.reading.maps import concept_maps
     from concept_attention.core.reading.masks import concept_masks
     from concept_attention.nodes.concept_saliency import ConceptSaliency

@@ -80,7 +80,16 @@ class BlockCall(NamedTuple):
 
 
 # What is about the picture, or fits only the text that was given.
-_NOT_ALONE = ("control", "ref_latents", "ref_contexts", "siglip_feats", "attention_mask")
+_NOT_ALONE = (
+    "attention_mask",
+    "clip_fea",
+    "control",
+    "ref_contexts",
+    "ref_latent",
+    "ref_latents",
+    "siglip_feats",
+    "txt_byt5",
+)
 
 
 class JointFamily(Family):
@@ -130,6 +139,7 @@ class JointFamily(Family):
         """Arguments for a call of the model on one token of the picture, with another text (R, T, C)."""
         rows = len(context)
         patch = self.patch(model)
+        latents = (next(iter(arguments)), "c_concat")
         changed = {}
         for name, value in arguments.items():
             if name in ("context", "c_crossattn"):
@@ -140,7 +150,7 @@ class JointFamily(Family):
                 value = context.shape[1]
             elif isinstance(value, Tensor) and value.ndim:
                 value = value[:1].expand(rows, *value.shape[1:])
-                if name in ("x", "c_concat"):
+                if name in latents:
                     value = value[..., : patch.rows, : patch.columns]
                     value = value[:, :, : patch.frames] if value.ndim == 5 else value
             changed[name] = value

@@ -41,6 +41,11 @@ class Flux1(Family):
 FAMILIES = (Flux1(),)
 
 
+def forward_replaced(model: nn.Module) -> bool:
+    """Whether another node runs the blocks in a way of its own, as TeaCache does."""
+    return getattr(model.forward_orig, "__func__", None) is not type(model).forward_orig
+
+
 def rotate(keys: Tensor, pe: Tensor | None) -> Tensor:
     return keys if pe is None else apply_rope1(keys, pe)
 

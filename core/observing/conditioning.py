@@ -54,16 +54,16 @@ class Conditionings:
             c.get("uuid") for name, conds in guider.conds.items() if name != "positive" for c in conds or []
         }
 
-    def positive(self, options: dict, seen: set, rows: int) -> list[Chunk]:
-        """The positive chunks of a call with ``rows`` rows and these ``transformer_options``. Their ids join
-        those ``seen`` in the same evaluation.
+    def positive(self, options: dict, seen: set, x: Tensor) -> list[Chunk]:
+        """The positive chunks of a call on ``x`` with these ``transformer_options``. Their ids join those
+        ``seen`` in the same evaluation.
 
         Raises:
-            RuntimeError: the call is of another number of images than the latent.
+            RuntimeError: the call is on another number of images than the latent has.
         """
         kinds = options.get("cond_or_uncond") or [0]
         uuids = options.get("uuids") or [None] * len(kinds)
-        size = rows // len(kinds)
+        size = len(x) // len(kinds)
         window = options.get("context_window")
         batch: slice | list[int] = slice(0, size)
         frames = None
@@ -76,9 +76,12 @@ class Conditionings:
             else:
                 frames = [i // self._patch.frames for i in indices[:: self._patch.frames]]
         if isinstance(batch, slice) and size != len(self._x):
+            called, whole = (t.shape[-2:] for t in (x, self._x))
             raise RuntimeError(
-                f"the model was called with {size} images, the latent has {len(self._x)}; tiled sampling "
-                "cannot be recorded"
+                f"the model was called with {size} images, the latent has {len(self._x)}"
+                if called == whole
+                else f"the model was called with {size} tiles of {called[0]} x {called[1]} at once; the "
+                f"latent is {whole[0]} x {whole[1]}, and tiled sampling cannot be recorded"
             )
         chunks = []
         for i, (kind, uuid) in enumerate(zip(kinds, uuids, strict=True)):

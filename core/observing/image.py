@@ -7,6 +7,7 @@ many as fit into memory at once.
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Collection, Sequence
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from ..architectures import family_of
 from ..concepts import Concepts, ConceptTokens
+from .latents import recorded
 from .observe import observe
-from .recording import Recording, recording_of
+from .recording import Recording, RecordingError
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -87,7 +89,8 @@ def observe_image(
     Raises:
         ValueError: the model is of no supported family, the latent is empty, not the model's or of another
             size than the image, a level lies outside 0..1, or a choice does not exist.
-        RecordingError: another node keeps the model's attention from being seen.
+        RecordingError: another node keeps the model's attention from being seen, or the model computed NaN
+            or infinite values for every image.
     """
     levels = _checked(levels)
     if average not in AVERAGES:
@@ -114,7 +117,10 @@ def observe_image(
     if not pooled_prompt:
         conditioning = [_without_pooled(entry) for entry in conditioning]
     parts = _evaluate(observed, latent, noise, conditioning, levels, seed)
-    return _folded(parts, levels, noise.shape[:2], average, image_size, coverage)
+    recording = _folded(parts, levels, noise.shape[:2], average, image_size, coverage)
+    if len(recording.broken) == recording.batch:
+        raise RecordingError(recording.failed)
+    return recording
 
 
 def encode_images(vae: VAE, images: Tensor, unit: int) -> Tensor:
@@ -287,7 +293,7 @@ def _one_evaluation(
     guider.inner_set_conds({"positive": conditioning})
     sigmas = torch.tensor([level, 0.0])
     sampled = guider.sample(noise, latent, _Once(), sigmas, disable_pbar=True, seed=seed)
-    return recording_of({"samples": sampled})
+    return recorded(sampled)
 
 
 class _Once(Sampler):
@@ -362,7 +368,7 @@ def _folded(
             rows = torch.cat([recording.scores[space][0] for recording in at_level], 1)
             evaluations.extend(rows.unflatten(1, shape).unbind(1))
         if average == "before softmax":
-            evaluations = [sum(evaluations) / len(evaluations)]
+            evaluations = [torch.stack(evaluations).nanmean(0)]
         scores[space] = tuple(evaluations)
     sigmas = [level for level in levels for _ in range(shape[0])]
     steps = [step for step in range(len(levels)) for _ in range(shape[0])]
@@ -377,4 +383,31 @@ def _folded(
         scores=scores,
         image_size=image_size,
         coverage=coverage,
+        broken=_broken(parts, shape),
     )
+
+
+def _broken(parts: list[list[Recording]], shape: tuple[int, int]) -> dict[int, tuple[int, int]]:
+    """The images that are broken at every level and in every noise sample. The maps of one that is broken in
+    some are of the others, and the user is told."""
+    samples, images = shape
+    found: dict[int, list[tuple[int, int]]] = {}
+    for level, at_level in enumerate(zip(*parts, strict=True)):
+        start = 0
+        for recording in at_level:
+            for row, (_, layer) in recording.broken.items():
+                found.setdefault((start + row) % images, []).append((level, layer))
+            start += recording.batch
+    broken = {}
+    for image, places in sorted(found.items()):
+        if len(places) == samples * len(parts[0]):
+            broken[image] = places[0]
+        else:
+            logging.warning(
+                "Concept Attention: the model computed NaN or infinite values in %d of %d looks at image %d; "
+                "its maps are of the others.",
+                len(places),
+                samples * len(parts[0]),
+                image + 1,
+            )
+    return broken

@@ -23,9 +23,10 @@ from ..architectures import Family, family_of
 from ..concepts import Concepts, ConceptTokens
 from ..geometry import Grid
 from .conditioning import Chunk, Conditionings
+from .latents import History, remember
 from .readers import reading_of
 from .readers.reading import Complete, Guard, Look, ModelCall, Reading
-from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, remember, unrecorded
+from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, unrecorded
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -128,6 +129,7 @@ class _Observer:
         self._channels = channels
         self._listener = listener
         self._runs: weakref.WeakKeyDictionary[CFGGuider, _Run] = weakref.WeakKeyDictionary()
+        self._history = History()
 
     def _look(self, device: torch.device) -> Look:
         """With the concepts' tokens on the device. Copied once: copying from ordinary memory waits for it."""
@@ -136,24 +138,46 @@ class _Observer:
             self._looks[device] = replace(look, tokens=look.tokens.to(device))
         return self._looks[device]
 
-    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    def outer_sample(
+        self,
+        executor,
+        noise,
+        latent_image,
+        sampler,
+        sigmas,
+        denoise_mask=None,
+        callback=None,
+        *args,
+        **kwargs,
+    ):
         guider: CFGGuider = executor.class_obj
         try:
             self._runs[guider] = _Run(self._recorder(guider, noise, sigmas), self._listener)
         except Exception as error:
             recording = _reason(error)
+        steps = _Steps(callback)
         try:
-            samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            samples = executor(noise, latent_image, sampler, sigmas, denoise_mask, steps, *args, **kwargs)
         finally:
             run = self._runs.pop(guider, None)
         # Samplers move the result here next. Moved already, it stays the tensor that the LATENT holds.
         samples = samples.to(comfy.model_management.intermediate_device())
         if run is not None:
             try:
-                recording = run.recorder.finish()
+                recording = run.recorder.finish(steps.taken)
             except Exception as error:
                 recording = _reason(error)
-        remember(samples, recording)
+        origin = remember(samples, recording, by_content=False)
+        if self.maps_only or not (steps.taken or (run and run.recorder.evaluated)):
+            return samples  # which hold no picture that this run made
+        self._history.add(origin)
+        try:
+            origin.know(samples)
+            if steps.x0 is not None:
+                # On the CPU, as the nodes do that hand it on: a GPU rounds otherwise.
+                origin.know(guider.model_patcher.model.process_latent_out(steps.x0.cpu()))
+        except Exception:
+            logging.warning("Concept Attention will not recognise copies of this LATENT.", exc_info=True)
         return samples
 
     def _recorder(self, guider: CFGGuider, noise: Tensor, sigmas: Tensor) -> Recorder:
@@ -220,7 +244,7 @@ class _Observer:
         layers = evaluation.recorder.layers
         chunks: list[Chunk] = []
         with guard:
-            chunks = conditionings.positive(call.options, evaluation.seen, len(call.x))
+            chunks = conditionings.positive(call.options, evaluation.seen, call.x)
             if chunks:
                 reading = self._reading(model, call, chunks, evaluation.recorder.grid, layers, guard)
         if not chunks or guard.broken:
@@ -312,6 +336,20 @@ class _Run:
         except Exception:
             logging.warning("Concept Attention stops showing maps of this run.", exc_info=True)
             self.listener = None
+
+
+class _Steps:
+    """The sampler's callback: how many steps it took, and the latent that the last one predicted (x0)."""
+
+    def __init__(self, callback: Callable[..., object] | None) -> None:
+        self._callback = callback
+        self.taken = 0
+        self.x0: Tensor | None = None
+
+    def __call__(self, step: int, x0: Tensor, *args) -> object:
+        self.taken += 1
+        self.x0 = x0
+        return None if self._callback is None else self._callback(step, x0, *args)
 
 
 def _to_cpu(scores: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:

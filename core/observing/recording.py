@@ -1,4 +1,4 @@
-"""What was recorded while a sampler ran, and which LATENT it belongs to.
+"""What was recorded while a sampler ran.
 
 Shapes: E evaluations of the model, L layers, B pictures, K concepts (background concepts last), and the
 patch grid h x w. The latent frames of a video are pictures, F of them; those of a batch follow each other.
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..concepts import Concepts
 from ..geometry import Grid
@@ -53,6 +52,8 @@ class Recording:
             padded an odd latent.
         left_out: layers that were to be recorded too, but would have taken more memory than is allowed.
         frames: F, how many pictures belong together as one video; 1 of images.
+        broken: the images whose scores are all NaN, because the model computed NaN or infinite values, with
+            the step and the layer in which it first did.
     """
 
     concepts: Concepts
@@ -65,6 +66,29 @@ class Recording:
     coverage: tuple[float, float]
     left_out: tuple[int, ...] = ()
     frames: int = 1
+    broken: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """How many images or videos it has."""
+        return next(iter(self.scores.values()))[0].shape[1] // self.frames
+
+    @property
+    def nbytes(self) -> int:
+        return sum(scores.nbytes for evaluations in self.scores.values() for scores in evaluations)
+
+    @property
+    def failed(self) -> str:
+        """What became of the images in ``broken``, for the user."""
+        where = "; ".join(
+            f"in step {step}, from layer {layer} on (image {image + 1} of {self.batch})"
+            for image, (step, layer) in self.broken.items()
+        )
+        return (
+            f"The model computed NaN or infinite values {where}, so there are no maps, and the image is "
+            "probably black or noise. Try another precision (weight_dtype), or without the LoRAs and other "
+            "patches, one by one."
+        )
 
     def select(
         self, space: str, layers: Sequence[int] | None = None, steps: Sequence[int] | None = None
@@ -102,6 +126,80 @@ class Recording:
         if index == list(range(len(self.layers))):
             return chosen
         return [scores[index] for scores in chosen]
+
+
+def gathered(images: Sequence[tuple[Recording, int]]) -> Recording:
+    """The recording of a batch of images, each given by its recording and its number there: of the layers
+    and spaces that all of those have.
+
+    Raises:
+        RecordingError: they cannot be in one recording.
+    """
+    first, _ = images[0]
+    if [image for _, image in images] == list(range(first.batch)) and all(r is first for r, _ in images):
+        return first
+    recordings = list({id(recording): recording for recording, _ in images}.values())
+    for other in recordings[1:]:
+        _check_alike(first, other)
+    layers = tuple(n for n in first.layers if all(n in r.layers for r in recordings))
+    spaces = [space for space in first.scores if all(space in r.scores for r in recordings)]
+    if not layers or not spaces:
+        raise RecordingError(
+            "The images of this LATENT were sampled in several runs that have no recorded layer and space in "
+            "common. Record the same ones (record_layers) in all of them."
+        )
+    return replace(
+        first,
+        layers=layers,
+        default_layers=tuple(n for n in first.default_layers if n in layers) or layers,
+        scores={
+            space: tuple(_images(images, space, e, layers) for e in range(len(first.sigmas)))
+            for space in spaces
+        },
+        left_out=tuple(sorted({n for r in recordings for n in r.left_out})),
+        broken={i: r.broken[image] for i, (r, image) in enumerate(images) if image in r.broken},
+    )
+
+
+def _check_alike(one: Recording, other: Recording) -> None:
+    differences = {
+        "concepts": lambda r: ", ".join(r.concepts.all),
+        "steps": lambda r: _listed(sorted(set(r.steps))),
+        "evaluations of the model": lambda r: len(r.sigmas),
+        "noise levels": lambda r: ", ".join(f"{sigma:.3g}" for sigma in r.sigmas),
+        "numbers of frames": lambda r: r.frames,
+        "sizes": lambda r: "{} x {}".format(*r.image_size),
+    }
+    for name, value in differences.items():
+        if value(one) != value(other):
+            raise RecordingError(
+                f"The images of this LATENT were sampled with different {name}: {value(one)}; and "
+                f"{value(other)}. Give each of those LATENTs a Concept Saliency of its own."
+            )
+
+
+def _images(
+    images: Sequence[tuple[Recording, int]], space: str, evaluation: int, layers: tuple[int, ...]
+) -> Tensor:
+    """Their scores (L, B, K, h, w). Where they lie side by side already, no copy is made."""
+    first, start = images[0]
+    numbers = [image for _, image in images]
+    if all(r is first for r, _ in images):
+        scores = first.scores[space][evaluation]
+        if numbers == list(range(start, start + len(numbers))):
+            return scores[:, start * first.frames : (start + len(numbers)) * first.frames]
+        return scores[:, [i for number in numbers for i in _pictures_of(number, first.frames)]]
+    rows = []
+    for recording, image in images:
+        index = [recording.layers.index(layer) for layer in layers]
+        of_image = _pictures_of(image, recording.frames)
+        rows.append(recording.scores[space][evaluation][index, of_image.start : of_image.stop])
+    return torch.cat(rows, 1)
+
+
+def _pictures_of(image: int, frames: int) -> range:
+    """Which pictures of a recording a latent's ``image`` is: itself, or the frames of a video."""
+    return range(image * frames, (image + 1) * frames)
 
 
 def parse_layers(
@@ -245,6 +343,11 @@ class Recorder:
         self._evaluations: list[Evaluation] = []
         self._lock = threading.Lock()
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether the sampler has evaluated the model."""
+        return bool(self._evaluations)
+
     def evaluation(self, sigma: Tensor) -> Evaluation:
         evaluation = Evaluation(self, sigma, armed=len(self._evaluations) % self._every == 0)
         self._evaluations.append(evaluation)
@@ -294,8 +397,11 @@ class Recorder:
             evaluation.passes = [p.keep(self.layers) for p in evaluation.passes]
         self._bytes = sum(s.nbytes for e in self._evaluations for p in e.passes for s in p.scores.values())
 
-    def finish(self) -> Recording:
+    def finish(self, taken: int = 0) -> Recording:
         """The recording of the run.
+
+        Args:
+            taken: how many steps the sampler told of.
 
         Raises:
             RecordingError: something failed, or nothing was recorded.
@@ -303,27 +409,26 @@ class Recorder:
         if self.failure is not None:
             raise RecordingError(unrecorded(self.failure))
         evaluations = [e for e in self._evaluations if e.passes]
-        if not evaluations and any(e.calls and not e.seen for e in self._evaluations):
-            raise RecordingError(
-                "Concept Attention recorded nothing while this LATENT was sampled: in none of the "
-                f"{len(self._evaluations)} evaluations of the model was the positive prompt at work. Look at "
-                "its timestep range (ConditioningSetTimestepRange), and at the sampler's steps and denoise."
-            )
         if not evaluations:
             raise RecordingError(
-                "Concept Attention recorded nothing while this LATENT was sampled, although "
-                f"{len(self._evaluations)} evaluations of the model ran. Another node replaces the "
-                "model's forward pass or skips it (TeaCache and similar caches, a compiled or replaced "
-                "model). Switch such nodes off one by one and sample again."
+                f"Concept Attention recorded nothing while this LATENT was sampled{self._why_nothing(taken)}"
             )
         sigmas = [float(e.sigma.flatten()[0]) for e in evaluations]
         steps = tuple(_step(self._schedule, sigma) for sigma in sigmas)
+        broken: dict[int, tuple[int, int]] = {}
         for evaluation, step in zip(evaluations, steps, strict=True):
             evaluation.wait()
-            self._check_finite(evaluation, step)
+            broken = self._not_finite(evaluation, step) | broken
         spaces = evaluations[0].passes[0].scores
         scores = {space: tuple(_pictures(self._merged(e, space)) for e in evaluations) for space in spaces}
+        if broken:
+            rows = torch.tensor([i for image in broken for i in _pictures_of(image, self.grid.frames)])
+            scores = {
+                space: tuple(s.index_fill(1, rows, torch.nan) for s in each) for space, each in scores.items()
+            }
         unseen = torch.stack([s[0, :, 0].isnan() for s in next(iter(scores.values()))]).all(0)
+        whole = [image for image in range(self.batch) if image not in broken]
+        unseen = unseen[[i for image in whole for i in _pictures_of(image, self.grid.frames)]]
         if unseen.any():
             logging.warning(
                 "Concept Attention: in %.0f %% of the image no positive prompt is at work (areas, masks, "
@@ -341,18 +446,48 @@ class Recorder:
             coverage=self.coverage,
             left_out=self._left_out,
             frames=self.grid.frames,
+            broken=broken,
         )
 
-    def _check_finite(self, evaluation: Evaluation, step: int) -> None:
-        for scores in (s for p in evaluation.passes for s in p.scores.values()):
-            finite = scores.isfinite().flatten(1).all(1)
-            if not finite.all():
-                raise RecordingError(
-                    f"The model computed NaN or infinite values in step {step}, from layer "
-                    f"{self.layers[int(finite.int().argmin())]} on, so there are no maps, and the image is "
-                    "probably black or noise. Try another precision (weight_dtype), or without the LoRAs "
-                    "and other patches, one by one."
-                )
+    def _why_nothing(self, taken: int) -> str:
+        count = len(self._evaluations)
+        if any(e.calls and not e.seen for e in self._evaluations):
+            return (
+                f": in none of the {count} evaluations of the model was the positive prompt at work. Look at "
+                "its timestep range (ConditioningSetTimestepRange), and at the sampler's steps and denoise."
+            )
+        if count:
+            return (
+                f", although {count} evaluations of the model ran. Another node replaces the model's forward "
+                "pass or skips it (TeaCache and similar caches, a compiled or replaced model). Switch such "
+                "nodes off one by one and sample again."
+            )
+        if taken:
+            return (
+                f", although the sampler took {taken} steps: its guider calls the model in a way of its own "
+                "that no other node sees, as those of ComfyUI-NAG do. Use an ordinary sampler or guider; for "
+                "NAG, put ComfyUI's own node, Normalized Attention Guidance, behind the model."
+            )
+        levels = [f"{self._schedule[i]:.3g}" for i in (0, -1)] if self._schedule else ["none", "none"]
+        return (
+            ": the sampler took no step, so the model did not look at the picture. Its noise levels go from "
+            f"{levels[0]} to {levels[1]}. Raise its denoise, widen its range of steps, or look at the nodes "
+            "that make or split its SIGMAS."
+        )
+
+    def _not_finite(self, evaluation: Evaluation, step: int) -> dict[int, tuple[int, int]]:
+        """The images for which the model computed NaN or infinite values: see ``Recording.broken``."""
+        found: dict[int, tuple[int, int]] = {}
+        for recorded in evaluation.passes:
+            images = (
+                range(self.batch)[recorded.batch] if isinstance(recorded.batch, slice) else recorded.batch
+            )
+            for scores in recorded.scores.values():
+                finite = scores.isfinite().flatten(2).all(2)  # (L, B')
+                for row, image in enumerate(images):
+                    if not finite[:, row].all():
+                        found[image] = (step, self.layers[int(finite[:, row].int().argmin())])
+        return found
 
     def _merged(self, evaluation: Evaluation, space: str) -> Tensor:
         """The mean of the passes over each patch, weighted as the sampler weights what they predict: several
@@ -389,34 +524,3 @@ def _step(schedule: list[float], sigma: float) -> int:
     else:
         step = bisect.bisect_right(schedule, sigma * (1 + 1e-5)) - 1
     return min(max(step, 0), max(0, len(schedule) - 2))
-
-
-_recordings: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def remember(samples: Tensor, recording: Recording | str) -> None:
-    """Tie a recording, or the reason that there is none, to the tensor that a sampling run returned. It
-    lives as long as the tensor does."""
-    _recordings[samples] = recording
-
-
-def recording_of(latent: dict) -> Recording:
-    """The recording of the run that sampled this LATENT.
-
-    Raises:
-        RecordingError: no observed run returned it, or that run could not be recorded.
-    """
-    samples = latent["samples"]
-    found = _recordings.get(samples) if isinstance(samples, Tensor) else None
-    if isinstance(found, str):
-        raise RecordingError(found)
-    if found is None:
-        raise RecordingError(
-            "This LATENT was not sampled with Concept Attention. Put the Concept Attention node between "
-            "the model and the sampler, and connect the sampler's LATENT output directly: of "
-            "SamplerCustomAdvanced the first (output, not denoised_output), and not a LATENT that another "
-            "node has upscaled, cropped, batched, saved or loaded. For a picture that was not sampled here, "
-            "use Concept Attention (Image). When ComfyUI runs with --fp16-intermediates, KSampler's LATENT "
-            "is such a copy too: use SamplerCustomAdvanced."
-        )
-    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -36,7 +37,8 @@ class PatchReading:
         guard: Guard,
         stop: bool,
     ) -> None:
-        self._options, self._picture, self._guard, self._stop = call.options, picture, guard, stop
+        self._model, self._options, self._picture = model, call.options, picture
+        self._guard, self._stop = guard, stop
         timestep, guidance = call.arguments["timestep"], call.arguments.get("guidance")
         concepts = look.tokens.pooled().to(call.x.device)
         self._streams = [
@@ -61,7 +63,29 @@ class PatchReading:
         patches = {name: list(patches) for name, patches in self._options.get("patches", {}).items()}
         patches.setdefault("attn1_patch", []).append(self._before_attention)
         patches.setdefault("attn1_output_patch", []).insert(0, self._after_attention)
-        yield {**self._options, "patches": patches}
+        with self._given_to_blocks():
+            yield {**self._options, "patches": patches}
+
+    @contextlib.contextmanager
+    def _given_to_blocks(self) -> Iterator[None]:
+        """A forward pass that another node has put in the model's place may call the blocks without the
+        patches: such blocks are given these hooks, and no other node's patches. Not where calls end early,
+        since what that node caches would be left in disorder."""
+
+        def give(layer: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+            options = kwargs.get("transformer_options") or {}
+            if self._before_attention in options.get("patches", {}).get("attn1_patch", ()):
+                return None
+            own = {"attn1_patch": [self._before_attention], "attn1_output_patch": [self._after_attention]}
+            place = {"block_type": "double", "block_index": layer, "patches": own}
+            return args, {**kwargs, "transformer_options": {**options, **place}}
+
+        with contextlib.ExitStack() as handles:
+            if not self._stop and flux1.forward_replaced(self._model):
+                for layer, block in enumerate(self._model.double_blocks):
+                    hook = block.register_forward_pre_hook(partial(give, layer), with_kwargs=True)
+                    handles.callback(hook.remove)
+            yield
 
     def scores(self) -> list[dict[str, Tensor]]:
         if not all(stream.complete for _, stream in self._streams):

@@ -44,7 +44,8 @@ class ModelCall:
 
     @property
     def x(self) -> Tensor:
-        return self.arguments["x"]
+        """The latent: a model's first argument, whatever its name."""
+        return next(iter(self.arguments.values()))
 
     @property
     def options(self) -> dict:

@@ -1,0 +1,45 @@
+"""Ideogram 4: one stream of text, then picture. Passes without a prompt have no text, and are not read."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..geometry import Patch
+from .family import BlockCall, JointFamily, picked
+
+
+class Ideogram4(JointFamily):
+    name = "Ideogram 4"
+    model = "ideogram4.model.Ideogram4Transformer2DModel"
+    encoders = ("qwen3vl_8b",)
+    loader = 'CLIPLoader, type "ideogram4": Qwen 3 VL 8B'
+    causal = True
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.layers)
+
+    def token_width(self, model: nn.Module) -> int:
+        return model.llm_cond_proj.in_features
+
+    def patch(self, model: nn.Module) -> Patch:
+        """Its latents come in patches already."""
+        return Patch(1, 1, 1)
+
+    def text(self, call: BlockCall) -> Tensor:
+        return call["x"][:, : call.text]
+
+    def step(
+        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
+    ) -> Tensor:
+        positional = call["freqs_cis"]
+        axis = next(i for i, size in enumerate(positional.shape) if size == call["x"].shape[1])
+        changed = call.but(
+            x=hidden,
+            freqs_cis=picked(positional, axis, positions),
+            attn_mask=None,
+            transformer_options=options,
+        )
+        return block.forward(**changed)
+
+
+FAMILIES = (Ideogram4(),)

@@ -1,0 +1,45 @@
+"""Mochi: video. Double-stream blocks with the picture before a narrower text, which has no positions."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..geometry import Patch
+from .family import BlockCall, JointFamily
+
+
+class Mochi(JointFamily):
+    name = "Mochi"
+    model = "genmo.joint_model.asymm_models_joint.AsymmDiTJoint"
+    entry = "apply_model"
+    encoders = ("t5xxl",)
+    loader = 'CLIPLoader, type "mochi": T5'
+    text_first = False
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.blocks)
+
+    def token_width(self, model: nn.Module) -> int:
+        return model.t5_yproj.in_features
+
+    def patch(self, model: nn.Module) -> Patch:
+        return Patch(1, model.patch_size, model.patch_size)
+
+    def text(self, call: BlockCall) -> Tensor:
+        return call["y"]
+
+    def step(
+        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
+    ) -> Tensor:
+        changed = call.but(
+            x=call["x"][:, :1].clone(),
+            y=hidden,
+            rope_cos=call["rope_cos"][:1],
+            rope_sin=call["rope_sin"][:1],
+            crop_y=hidden.shape[1],
+            transformer_options=options,
+        )
+        return block.forward(**changed)[1]
+
+
+FAMILIES = (Mochi(),)
