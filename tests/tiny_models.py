@@ -298,16 +298,15 @@ ROWS = {
         "HunyuanVideo",
         {**_HUNYUAN, "patch_size": [1, 2, 2]},
         64,
-        (16, 3, 5, 8),
+        (16, 3, 6, 8),
         values={"guidance": 6.0, "pooled_output": _pooled(32)},
     ),
     "hunyuan_image": Row(
         "HunyuanVideo",
         "HunyuanImage21",
-        {**_HUNYUAN, "in_channels": 64, "out_channels": 64, "patch_size": [1, 1], "axes_dim": [64, 64]},
+        {**_HUNYUAN, "in_channels": 64, "out_channels": 64, "vec_in_dim": None, "patch_size": [1, 1], "axes_dim": [64, 64]},
         64,
         (64, 5, 7),
-        values={"pooled_output": _pooled(32)},
     ),
     "auraflow": Row(
         "AuraFlow",
@@ -414,6 +413,7 @@ ROWS = {
         },
         64,
         (16, 7, 10),
+        values={"attention_mask": torch.ones(1, 7, dtype=torch.long)},
     ),
     "mochi": Row(
         "Mochi",
@@ -430,6 +430,7 @@ ROWS = {
             "t5_feat_dim": 64,
             "t5_token_length": 16,
             "qk_norm": True,
+            "learn_sigma": False,
         },
         64,
         (12, 3, 6, 8),
@@ -442,7 +443,7 @@ ROWS = {
 def tiny(name: str) -> ModelPatcher:
     row = ROWS[name]
     config = getattr(comfy.supported_models, row.config)(row.unet)
-    config.unet_config["dtype"] = torch.float32
+    config.unet_config.update(row.unet, dtype=torch.float32)  # some configurations have sizes of their own
     config.custom_operations = comfy.ops.disable_weight_init
     model = config.get_model({}, "", device=CPU)
     randomize(model.diffusion_model)

@@ -36,7 +36,7 @@ class Lens(JointFamily):
         changed = call.but(
             hidden_states=call["hidden_states"][:, :1].clone(),
             encoder_hidden_states=hidden,
-            freqs_cis=picked(call["freqs_cis"], 1, [0, *(picture + p for p in positions)]),
+            freqs_cis=picked(call["freqs_cis"], 2, [0, *(picture + p for p in positions)]),
             attention_mask=None,
             transformer_options=options,
         )
