@@ -33,10 +33,11 @@ class Concepts:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Names from text, one per line or separated by commas (also those of Chinese and Japanese): trimmed, in
-    order, each once (whatever its case). Prompt syntax has no meaning here."""
+    """Names from text, one per line (of any of Unicode's line ends) or separated by commas (also those of
+    Chinese and Japanese): trimmed, in order, each once (whatever its case). Prompt syntax has no meaning here.
+    """
     names: dict[str, str] = {}
-    for part in re.split(r"[\n\r,，、]", text):
+    for part in re.split("[,，、]", ",".join(text.splitlines())):
         name = " ".join(part.split())
         if name:
             names.setdefault(name.casefold(), name)

@@ -56,6 +56,11 @@ def test_names_are_trimmed_folded_and_literal(text, names):
     assert split_names(text) == names
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\v", "\f", "\x85", "\u2028", "\u2029"])
+def test_every_line_end_of_unicode_parts_names(end):
+    assert split_names(f"hot air{end}balloon{end}") == ("hot air", "balloon")
+
+
 def test_a_background_concept_that_is_also_a_concept_is_a_concept():
     assert parse_concepts("cat, sky", "Sky, grass") == Concepts(("cat", "sky"), ("grass",))
 
