@@ -33,9 +33,8 @@ class Concepts:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Names from text, one per line (of any of Unicode's line ends) or separated by commas (also those of
-    Chinese and Japanese): trimmed, in order, each once (whatever its case). Prompt syntax has no meaning here.
-    """
+    """Names from text, one per line (by any line end of Unicode's) or separated by commas (also those of
+    Chinese and Japanese): trimmed, in order, each once (whatever its case). Prompt syntax has no meaning."""
     names: dict[str, str] = {}
     for part in re.split("[,，、]", ",".join(text.splitlines())):
         name = " ".join(part.split())

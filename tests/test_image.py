@@ -589,8 +589,8 @@ def test_what_does_not_fit_is_an_error(model, options, message):
         look(model, **options)
 
 
-def test_no_images_are_an_error():
-    with pytest.raises(ValueError, match="no images"):
+def test_an_empty_batch_is_an_error():
+    with pytest.raises(ValueError, match=r"at least one image"):
         encode_images(Encoder(), torch.zeros(0, 64, 64, 3), 16)
 
 

@@ -22,6 +22,7 @@ from matplotlib.font_manager import FontProperties
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..images import rgb_images
 from ..reading.maps import ConceptMaps, upscale
 from .palette import palette
 
@@ -85,8 +86,10 @@ def images_of(maps: ConceptMaps, images: Tensor) -> Tensor:
     with all maps, and the maps of a single image with all images.
 
     Raises:
-        ValueError: the numbers of images differ, or the images have another shape than the one sampled.
+        ValueError: they are no images (``rgb_images``), their numbers differ, or they have another shape than
+            the one sampled.
     """
+    images = rgb_images(images)
     counts = len(maps.values), len(images)
     if counts[0] != counts[1] and 1 not in counts:
         raise ValueError(
@@ -99,7 +102,7 @@ def images_of(maps: ConceptMaps, images: Tensor) -> Tensor:
             f"The image is {width} x {height} pixels, but the concept maps are of an image of "
             f"{columns} x {rows}, which has another shape. Connect that image, at any scale."
         )
-    return images[..., :3].cpu().float().expand(max(counts), -1, -1, -1)
+    return images.cpu().float().expand(max(counts), -1, -1, -1)
 
 
 def overlay_images(

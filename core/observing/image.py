@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..architectures import family_of
 from ..concepts import Concepts
+from ..images import rgb_images
 from .observe import observe
 from .recording import Recording, recording_of
 
@@ -129,11 +130,9 @@ def encode_images(vae: VAE, images: Tensor, unit: int) -> Tensor:
         unit: see ``patch_pixels``.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: they are no images, see ``rgb_images``.
     """
-    if not images.numel():
-        raise ValueError(f"There are no images: the batch has the shape {tuple(images.shape)}.")
-    pixels = images[..., :3].movedim(-1, 1)
+    pixels = rgb_images(images).movedim(-1, 1)
     padded = pad_to_patch_size(pixels, (unit, unit), padding_mode="replicate")
     return vae.encode(padded.movedim(1, -1))
 
