@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.drawing.figures import concepts_figure, layers_figures
-from concept_attention.core.drawing.palette import difference, hex_colours, palette, seen
+from concept_attention.core.drawing.palette import difference, hex_colours, magma, palette, seen
 from concept_attention.core.drawing.render import (
     COLOUR_MAPS,
     colourise,
@@ -219,6 +219,10 @@ def test_colour_maps_get_lighter_evenly(name):
     steps = np.diff(lightness[::8])
     assert steps.min() > 0
     assert steps.max() < 4 * np.median(steps)
+
+
+def test_magma_is_the_colour_map_of_that_name_to_half_a_percent():
+    assert np.abs(magma() - matplotlib.colormaps["magma"](range(256))[:, :3]).max() < 0.005
 
 
 @pytest.mark.parametrize("count,apart", [(7, 0.07), (16, 0.07), (32, 0.05), (128, 0.015)])
