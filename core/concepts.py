@@ -83,7 +83,8 @@ def encode_concepts(clip: CLIP, names: tuple[str, ...], pooling: str, width: int
         width: C, the width of the model's text tokens.
 
     Raises:
-        ValueError: the CLIP is not Flux's, does not fit the model, or T5 has no pieces for a name.
+        ValueError: the CLIP is not Flux's, does not fit the model, or T5 has no pieces for a name or cannot
+            read it.
     """
     if pooling not in POOLINGS:
         raise ValueError(f'Unknown token pooling "{pooling}". Choose one of: {", ".join(POOLINGS)}.')
@@ -97,6 +98,10 @@ def encode_concepts(clip: CLIP, names: tuple[str, ...], pooling: str, width: int
     tokenizer = getattr(clip.tokenizer, _T5)
     sections, counts = [], []
     for name in names:
+        if any("\ud800" <= c <= "\udfff" for c in name):
+            raise ValueError(
+                f"The concept {name!a} has half a character in it, as of an emoji. Write it anew."
+            )
         # Not clip.tokenize: it would parse weights and embeddings out of the name.
         ids = tokenizer.tokenizer(name, add_special_tokens=False)["input_ids"]
         if all(i in (_T5_SPACE, _T5_UNKNOWN) for i in ids):

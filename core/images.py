@@ -31,7 +31,7 @@ def rgb_images(images: Tensor) -> Tensor:
     if broken:
         raise ValueError(
             f"This IMAGE cannot be used: {len(broken)} of its {len(colours)} images have NaN or infinite "
-            f"values, first image {broken[0]} (counted from 0). The VAE or the model computed them: try the "
+            f"values, first image {broken[0] + 1}. The VAE or the model computed them: try the "
             "VAE in full precision (start ComfyUI with --fp32-vae), or another weight_dtype of the model."
         )
     return colours

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..core.drawing.render import heatmap_images
 from ..core.observing.recording import parse_layers, recording_of
 from ..core.reading.maps import GROUNDINGS, ConceptMaps, concept_maps, upscale
+from .limits import within_limits
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -88,6 +89,7 @@ class ConceptSaliency(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         latent: io.Latent.Type | ConceptMaps,

@@ -132,3 +132,8 @@ def test_a_clip_of_another_model_is_an_error_that_names_the_loader(keys):
 def test_an_unknown_pooling_is_an_error():
     with pytest.raises(ValueError, match=r'"last token".*mean of tokens, first token'):
         encode_concepts(FakeClip(), ("ab",), "last token", 3)
+
+
+def test_half_a_character_in_a_name_is_an_error_that_shows_it():
+    with pytest.raises(ValueError, match=r"'cat\\ud83d' has half a character"):
+        encode_concepts(FakeClip(), ("dog", "cat\ud83d"), "first token", 3)

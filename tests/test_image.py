@@ -561,7 +561,8 @@ def test_steps_follow_the_shift_that_the_model_was_given(model):
 
 
 @pytest.mark.parametrize(
-    "text,message", [("4", "0 .noise only. to 3"), ("1.5", "whole numbers"), ("", "read")]
+    "text,message",
+    [("4", "0 .noise only. to 3"), ("1.5", "whole numbers"), ("", "read"), (5000 * "9", "cannot be read")],
 )
 def test_steps_that_do_not_exist_are_an_error(model, text, message):
     with pytest.raises(ValueError, match=message):

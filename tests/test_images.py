@@ -147,7 +147,7 @@ def test_every_node_takes_images_in_rgb_and_rgba(maps, node, channels):
 def test_the_images_with_nan_are_counted_and_the_first_is_named():
     images = photo(images=4)
     images[1], images[3, 0, 0, 0] = torch.nan, -torch.inf
-    with pytest.raises(ValueError, match="2 of its 4 images .* first image 1 "):
+    with pytest.raises(ValueError, match="2 of its 4 images .* first image 2\\."):
         rgb_images(images)
 
 

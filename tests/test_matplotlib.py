@@ -11,7 +11,6 @@ import matplotlib
 import pytest
 import torch
 
-from concept_attention.core.observing.recording import remember
 from concept_attention.core.reading.maps import ConceptMaps, concept_maps
 from concept_attention.nodes.concept_figure import ConceptFigure
 from concept_attention.nodes.concept_files import ConceptMapsLoad, ConceptMapsSave
@@ -68,11 +67,9 @@ def test_starting_comfyui_does_not_import_matplotlib():
 
 
 @pytest.mark.usefixtures("missing")
-def test_without_matplotlib_maps_masks_and_heatmaps_are_made():
-    latent = {"samples": torch.zeros(1, 16, 8, 12)}
-    remember(latent["samples"], recording())
+def test_without_matplotlib_maps_masks_and_heatmaps_are_made(maps):
     maps, masks, heatmaps = ConceptSaliency.execute(
-        latent, "output", "default", 0, 10000, softmax=True, temperature=1.0
+        maps, "output", "default", 0, 10000, softmax=True, temperature=1.0
     ).args
     assert masks.shape == (2, 64, 96)
     assert heatmaps.shape == (2, 64, 96, 3)

@@ -172,7 +172,7 @@ def step_levels(model: ModelPatcher, text: str, of: int) -> tuple[float, ...]:
         ValueError: the text cannot be read, or a step is not one of ``of``.
     """
     parts = re.split(r"[,\s]+", text.strip(" ,\t\r\n"))
-    if not all(part.isdecimal() for part in parts):
+    if not all(re.fullmatch(r"\d{1,99}", part) for part in parts):
         raise ValueError(f'Noise steps "{text}" cannot be read. Write whole numbers, as in "2" or "1, 2".')
     steps = [int(part) for part in parts]
     for step in steps:
