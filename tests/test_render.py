@@ -141,6 +141,15 @@ def test_a_concept_that_does_not_reach_the_level_has_no_contour():
     assert torch.equal(plain, outlined)
 
 
+@pytest.mark.parametrize("height, width", [(1, 2), (2, 1), (1, 1)])
+def test_an_image_of_single_pixels_has_no_contour(height, width):
+    values = torch.linspace(0, 1, 2 * height * width).view(1, 2, height, width)
+    maps = maps_of(values, Concepts(("cat", "ball")), (16 * height, 16 * width))
+    image = photo(1, height, width)
+    plain, outlined = (bare(maps, image, ["ball"], contour=c) for c in (0.0, 0.8))
+    assert torch.equal(plain, outlined)
+
+
 def test_a_name_is_written_into_its_corner_only():
     plain, named = (bare(scene(), photo(), ["cat"], label=x)[0, 0] for x in (False, True))
     rows, columns = (plain != named).any(-1).nonzero().T

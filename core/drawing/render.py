@@ -179,7 +179,7 @@ def overlay_images(
 
 def _annotate(axes: Axes, map_: Tensor, contour: float, name: str) -> None:
     height, width = map_.shape
-    if contour > 0 and map_.min() < contour < map_.max():
+    if contour > 0 and min(map_.shape) > 1 and map_.min() < contour < map_.max():
         line = max(1.5, height / 300)
         shadow = matplotlib().patheffects.withStroke(linewidth=_points(2.2 * line), foreground="#000000a0")
         axes.contour(
