@@ -38,10 +38,10 @@ class Concepts:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Names from text, one per line or separated by commas (also those of Chinese and Japanese): trimmed, in
-    order, each once (whatever its case). Prompt syntax has no meaning here."""
+    """Names from text, one per line (by any line end of Unicode's) or separated by commas (also those of
+    Chinese and Japanese): trimmed, in order, each once (whatever its case). Prompt syntax has no meaning."""
     names: dict[str, str] = {}
-    for part in re.split(r"[\n\r,，、]", text):
+    for part in re.split("[,，、]", ",".join(text.splitlines())):
         name = " ".join(part.split())
         if name:
             names.setdefault(name.casefold(), name)
@@ -160,6 +160,10 @@ def encode_concepts(
     probes = [_unpadded(_ids(probe[encoder]), padding) for probe in probes]
     sequences, spans, lengths = [], [], []
     for name in names:
+        if any("\ud800" <= c <= "\udfff" for c in name):
+            raise ValueError(
+                f"The concept {name!a} has half a character in it, as of an emoji. Write it anew."
+            )
         tokens = tokenize(name)
         whole = _ids(tokens[encoder])
         ids = _unpadded(whole, padding)

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..core.observing.observe import observe
 from .browser import live_maps
+from .limits import within_limits
 from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
 from .types import CATEGORY
 
@@ -71,6 +72,7 @@ class ConceptAttention(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         model: io.Model.Type,

@@ -13,6 +13,7 @@ from ..core.observing.image import (
     step_levels,
 )
 from ..core.observing.latents import remember
+from .limits import within_limits
 from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
 from .types import CATEGORY
 
@@ -154,6 +155,7 @@ class ConceptAttentionImage(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         model: io.Model.Type,

@@ -13,6 +13,7 @@ from ..core.concepts import split_names
 from ..core.drawing.figures import concepts_figure, layers_figures
 from ..core.drawing.render import COLOUR_MAPS, figure_image, images_of
 from ..core.observing.recording import parse_layers
+from .limits import within_limits
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -77,6 +78,7 @@ class ConceptFigure(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         maps: ConceptMapsType.Type,

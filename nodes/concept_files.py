@@ -93,6 +93,9 @@ class ConceptMapsLoad(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
+        problem = cls.validate_inputs(file)  # not asked before, where another node gives the name
+        if problem is not True:
+            raise ValueError(f"Concept maps cannot be loaded: {problem}.")
         return io.NodeOutput(load_maps(Path(folder_paths.get_annotated_filepath(file))))
 
 

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..core.concepts import split_names
 from ..core.drawing.render import images_of
 from ..core.reading.masks import concept_masks
+from .limits import within_limits
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -131,6 +132,7 @@ class ConceptMask(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         maps: ConceptMapsType.Type,

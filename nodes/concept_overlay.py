@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from ..core.concepts import split_names
 from ..core.drawing.render import COLOUR_MAPS, overlay_images
+from .limits import within_limits
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -55,6 +56,7 @@ class ConceptOverlay(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         maps: ConceptMapsType.Type,

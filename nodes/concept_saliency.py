@@ -6,6 +6,7 @@ from ..core.drawing.render import heatmap_images
 from ..core.observing.latents import recording_of
 from ..core.observing.recording import parse_layers
 from ..core.reading.maps import GROUNDINGS, ConceptMaps, concept_maps, upscale
+from .limits import within_limits
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -90,6 +91,7 @@ class ConceptSaliency(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         latent: io.Latent.Type | ConceptMaps,

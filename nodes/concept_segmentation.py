@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..core.drawing.render import images_of, segmentation_images
 from ..core.reading.masks import label_masks, segment
+from .limits import within_limits
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -52,6 +53,7 @@ class ConceptSegmentation(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         maps: ConceptMapsType.Type,

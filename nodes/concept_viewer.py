@@ -13,6 +13,7 @@ from ..core.drawing.render import images_of
 from ..core.drawing.transport import pack, picture
 from ..core.reading.maps import ConceptMaps
 from .browser import publish, workflow_id
+from .limits import within_limits
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -66,6 +67,7 @@ class ConceptViewer(io.ComfyNode):
         )
 
     @classmethod
+    @within_limits
     def execute(
         cls,
         maps: ConceptMapsType.Type,

@@ -95,6 +95,11 @@ def test_names_are_trimmed_folded_and_literal(text, names):
     assert split_names(text) == names
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\v", "\f", "\x85", "\u2028", "\u2029"])
+def test_every_line_end_of_unicode_parts_names(end):
+    assert split_names(f"hot air{end}balloon{end}") == ("hot air", "balloon")
+
+
 def test_a_background_concept_that_is_also_a_concept_is_a_concept():
     assert parse_concepts("cat, sky", "Sky, grass") == Concepts(("cat", "sky"), ("grass",))
 
@@ -202,3 +207,8 @@ def test_flux_s_own_tokenizers_and_encoders():
     assert tokens.lengths == (256, 256)
     whole = random_clip().encode_from_tokens(random_clip().tokenize("hot air balloon"))
     assert torch.allclose(tokens.pooled()[1], whole[0, :3].mean(0), atol=1e-6)
+
+
+def test_half_a_character_in_a_name_is_an_error_that_shows_it():
+    with pytest.raises(ValueError, match=r"'cat\\ud83d' has half a character"):
+        encoded(("dog", "cat\ud83d"))

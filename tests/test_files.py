@@ -234,6 +234,8 @@ def test_what_is_no_file_of_maps_in_the_two_folders_is_refused(folders, mapped, 
         (folders / "output" / path).mkdir()
     assert accepted(f"here{SUFFIX} [output]")
     assert not accepted(file)
+    with pytest.raises(ValueError, match="cannot be loaded: there is no"):
+        ConceptMapsLoad.execute(file)
     assert not accepted(str(folders / "outside") + SUFFIX)
 
 

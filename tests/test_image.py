@@ -597,7 +597,8 @@ def test_steps_follow_the_shift_that_the_model_was_given(model):
 
 
 @pytest.mark.parametrize(
-    "text,message", [("4", "0 .noise only. to 3"), ("1.5", "whole numbers"), ("", "read")]
+    "text,message",
+    [("4", "0 .noise only. to 3"), ("1.5", "whole numbers"), ("", "read"), (5000 * "9", "cannot be read")],
 )
 def test_steps_that_do_not_exist_are_an_error(model, text, message):
     with pytest.raises(ValueError, match=message):
@@ -625,8 +626,8 @@ def test_what_does_not_fit_is_an_error(model, options, message):
         look(model, **options)
 
 
-def test_no_images_are_an_error():
-    with pytest.raises(ValueError, match="no images"):
+def test_an_empty_batch_is_an_error():
+    with pytest.raises(ValueError, match=r"at least one image"):
         encode_images(Encoder(), torch.zeros(0, 64, 64, 3), 16)
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.drawing.figures import concepts_figure, layers_figures
-from concept_attention.core.drawing.palette import difference, hex_colours, palette, seen
+from concept_attention.core.drawing.palette import difference, hex_colours, magma, palette, seen
 from concept_attention.core.drawing.render import (
     COLOUR_MAPS,
     colourise,
@@ -141,6 +141,15 @@ def test_a_concept_that_does_not_reach_the_level_has_no_contour():
     assert torch.equal(plain, outlined)
 
 
+@pytest.mark.parametrize("height, width", [(1, 2), (2, 1), (1, 1)])
+def test_an_image_of_single_pixels_has_no_contour(height, width):
+    values = torch.linspace(0, 1, 2 * height * width).view(1, 2, height, width)
+    maps = maps_of(values, Concepts(("cat", "ball")), (16 * height, 16 * width))
+    image = photo(1, height, width)
+    plain, outlined = (bare(maps, image, ["ball"], contour=c) for c in (0.0, 0.8))
+    assert torch.equal(plain, outlined)
+
+
 def test_a_name_is_written_into_its_corner_only():
     plain, named = (bare(scene(), photo(), ["cat"], label=x)[0, 0] for x in (False, True))
     rows, columns = (plain != named).any(-1).nonzero().T
@@ -219,6 +228,10 @@ def test_colour_maps_get_lighter_evenly(name):
     steps = np.diff(lightness[::8])
     assert steps.min() > 0
     assert steps.max() < 4 * np.median(steps)
+
+
+def test_magma_is_the_colour_map_of_that_name_to_half_a_percent():
+    assert np.abs(magma() - matplotlib.colormaps["magma"](range(256))[:, :3]).max() < 0.005
 
 
 @pytest.mark.parametrize("count,apart", [(7, 0.07), (16, 0.07), (32, 0.05), (128, 0.015)])

@@ -304,7 +304,14 @@ ROWS = {
     "hunyuan_image": Row(
         "HunyuanVideo",
         "HunyuanImage21",
-        {**_HUNYUAN, "in_channels": 64, "out_channels": 64, "vec_in_dim": None, "patch_size": [1, 1], "axes_dim": [64, 64]},
+        {
+            **_HUNYUAN,
+            "in_channels": 64,
+            "out_channels": 64,
+            "vec_in_dim": None,
+            "patch_size": [1, 1],
+            "axes_dim": [64, 64],
+        },
         64,
         (64, 5, 7),
     ),

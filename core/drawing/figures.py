@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..reading.maps import ConceptMaps, concept_maps, upscale
-from .render import shortened, text_style
+from .render import matplotlib, shortened, text_style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
 # Lengths in inches, text in points.
 _GAP = 0.06
@@ -53,7 +54,7 @@ class _Sheet:
         self._height = rows * (panel[0] + between) - between
         self._width = columns * (panel[1] + _GAP)
         self._size = (self._left + self._width + 0.7, self._top + self._height + _MARGIN)
-        self.figure = Figure(self._size)
+        self.figure = matplotlib().figure.Figure(self._size)
         if title:
             width, height = self._size
             text = shortened(title, 72 * (width - 2 * _MARGIN), _TITLE)
@@ -76,7 +77,8 @@ class _Sheet:
 
     def colour_bar(self, norm: Normalize, colour_map: str, label: str) -> None:
         axes = self._axes(self._left + self._width, self._top, self._height, 0.09)
-        bar = self.figure.colorbar(ScalarMappable(norm, colour_map), cax=axes, ticks=MaxNLocator(5))
+        colours = matplotlib().cm.ScalarMappable(norm, colour_map)
+        bar = self.figure.colorbar(colours, cax=axes, ticks=matplotlib().ticker.MaxNLocator(5))
         bar.outline.set_linewidth(_LINE_WIDTH)
         bar.set_label(label, fontsize=_TICKS)
         axes.tick_params(labelsize=_TICKS, width=_LINE_WIDTH, length=2)
@@ -102,7 +104,8 @@ def _planes(maps: ConceptMaps, values: Tensor) -> np.ndarray:
 
 def _scale(maps: ConceptMaps, highest: float) -> tuple[Normalize, str]:
     """One scale for all maps of a figure, and what it is a scale of."""
-    return Normalize(0, float(highest) or 1.0), "softmax" if maps.softmax else "scaled score"
+    norm = matplotlib().colors.Normalize(0, float(highest) or 1.0)
+    return norm, "softmax" if maps.softmax else "scaled score"
 
 
 def concepts_figure(

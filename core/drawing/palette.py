@@ -1,4 +1,4 @@
-"""Colours that tell many things apart, also for colour-blind readers."""
+"""Colours that tell many things apart, also for colour-blind readers, and a colour map for heatmaps."""
 
 from __future__ import annotations
 
@@ -50,6 +50,14 @@ def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.norm(seen(a)[:, :, None] - seen(b)[:, None], axis=-1).min(0)
 
 
+# The colour map of Smith and van der Walt (2015, CC0) at 33 equal distances
+_MAGMA = (
+    "000004 030311 0a0822 130d33 1d1146 28115a 36106a 430f76 50127c 5d177f 691c81 "
+    "762181 822681 8f2a81 9c2e7f a9327d b63779 c33b75 cf4170 db486a e65163 ee5c5e "
+    "f5695c f9785d fb8761 fd9668 fea571 feb47b fec387 fed194 fde0a2 fceeb0 fcfdbf"
+)
+
+
 @cache
 def _palette(count: int) -> np.ndarray:
     colours = [tuple(bytes.fromhex(code)) for code in _FIRST]
@@ -77,3 +85,10 @@ def palette(count: int) -> np.ndarray:
 def hex_colours(count: int) -> list[str]:
     """The same as "#rrggbb"."""
     return [f"#{bytes(colour).hex()}" for colour in np.rint(palette(count) * 255).astype(np.uint8)]
+
+
+def magma() -> np.ndarray:
+    """256 sRGB colours (256, 3) in 0..1 from dark to light: the colour map of that name, to 0.005."""
+    known = np.array([tuple(bytes.fromhex(code)) for code in _MAGMA.split()]) / 255
+    places = np.linspace(0, 1, len(known))
+    return np.stack([np.interp(np.linspace(0, 1, 256), places, channel) for channel in known.T], 1)

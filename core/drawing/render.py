@@ -7,23 +7,25 @@ Names are a user's text: never mathtext, and letters that no font has are drawn 
 from __future__ import annotations
 
 import bisect
+import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib import font_manager, patheffects
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..images import rgb_images
 from ..reading.maps import ConceptMaps, upscale
-from .palette import palette
+from .palette import magma, palette
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # perceptually uniform, dark to light
 COLOUR_MAPS = ("magma", "inferno", "plasma", "viridis", "cividis")
@@ -54,6 +56,35 @@ _LUMA = torch.tensor([0.2126, 0.7152, 0.0722])
 _DPI = 128  # a power of 2: pixels to inches and back without rounding
 
 
+def matplotlib() -> ModuleType:
+    """matplotlib with all that is used of it, imported when something is drawn: it takes longer to load than
+    the rest of the plugin, and where it is missing, the rest works.
+
+    Raises:
+        ImportError: it is missing, too old or broken. The message says what to install.
+    """
+    try:
+        import matplotlib.backends.backend_agg
+        import matplotlib.cm
+        import matplotlib.colors
+        import matplotlib.figure
+        import matplotlib.font_manager
+        import matplotlib.patches
+        import matplotlib.patheffects
+        import matplotlib.ticker
+
+        if matplotlib.__version_info__ < (3, 8):
+            raise ImportError(f"this is version {matplotlib.__version__}")
+    except ImportError as error:
+        raise ImportError(
+            "Names, contours, legends and figures are drawn by matplotlib 3.8 or newer, which cannot be used "
+            f"here: {error}. Install it into ComfyUI's Python, and start ComfyUI again:\n"
+            f'"{sys.executable}" -m pip install --upgrade "matplotlib>=3.8"\n'
+            "Or go on without names, contours and legends, in the colours of magma."
+        ) from error
+    return matplotlib
+
+
 def colourise(maps: Tensor, colour_map: str = "magma") -> Tensor:
     """Maps (..., H, W) in 0..1 as colours (..., H, W, 3), by the name of one of matplotlib's colour maps."""
     return _colours(maps, torch.ones(maps.shape[:-2]), colour_map)
@@ -68,7 +99,8 @@ def heatmap_images(maps: Tensor) -> Tensor:
 
 def _colours(maps: Tensor, highest: Tensor, colour_map: str) -> Tensor:
     """Maps (..., H, W) as colours (..., H, W, 3), each from 0 to its own of ``highest`` (...)."""
-    table = torch.from_numpy(matplotlib.colormaps[colour_map].resampled(256)(range(256))[:, :3]).float()
+    table = magma() if colour_map == "magma" else matplotlib().colormaps[colour_map](range(256))[:, :3]
+    table = torch.from_numpy(table).float()
     colours = torch.empty(*maps.shape, 3)
     for i in np.ndindex(maps.shape[:-2]):  # one by one: those of a batch are large together
         entries = (maps[i] / highest[i]).clamp_(0, 1).mul_(255).round_().int()
@@ -85,8 +117,10 @@ def images_of(maps: ConceptMaps, images: Tensor) -> Tensor:
     with all maps, and the maps of a single image with all images.
 
     Raises:
-        ValueError: the numbers of images differ, or the images have another shape than the one sampled.
+        ValueError: they are no images (``rgb_images``), their numbers differ, or they have another shape than
+            the one sampled.
     """
+    images = rgb_images(images)
     counts = len(maps.values), len(images)
     if counts[0] != counts[1] and 1 not in counts:
         raise ValueError(
@@ -99,7 +133,7 @@ def images_of(maps: ConceptMaps, images: Tensor) -> Tensor:
             f"The image is {width} x {height} pixels, but the concept maps are of an image of "
             f"{columns} x {rows}, which has another shape. Connect that image, at any scale."
         )
-    return images[..., :3].cpu().float().expand(max(counts), -1, -1, -1)
+    return images.cpu().float().expand(max(counts), -1, -1, -1)
 
 
 def overlay_images(
@@ -137,14 +171,17 @@ def overlay_images(
             map_ = upscale(own[None, [index]] / scale, image.shape[:2], maps.coverage)[0, 0]
             picture = torch.lerp(image, colourise(map_, colour_map), opacity)
             name = maps.concepts.all[index] if label else ""
-            pictures.append(_inked(picture, lambda axes, m=map_, n=name: _annotate(axes, m, contour, n)))
+            if name or contour > 0:
+                picture = _inked(picture, lambda axes, m=map_, n=name: _annotate(axes, m, contour, n))
+            pictures.append(picture)
     return torch.stack(pictures).unflatten(0, (-1, len(indices)))
 
 
 def _annotate(axes: Axes, map_: Tensor, contour: float, name: str) -> None:
     height, width = map_.shape
-    if contour > 0 and map_.min() < contour < map_.max():
+    if contour > 0 and min(map_.shape) > 1 and map_.min() < contour < map_.max():
         line = max(1.5, height / 300)
+        shadow = matplotlib().patheffects.withStroke(linewidth=_points(2.2 * line), foreground="#000000a0")
         axes.contour(
             np.arange(width) + 0.5,
             np.arange(height) + 0.5,
@@ -152,7 +189,7 @@ def _annotate(axes: Axes, map_: Tensor, contour: float, name: str) -> None:
             [contour],
             colors="white",
             linewidths=_points(line),
-        ).set_path_effects([patheffects.withStroke(linewidth=_points(2.2 * line), foreground="#000000a0")])
+        ).set_path_effects([shadow])
     if name:
         size = max(11.0, height / 26)
         margin = 0.7 * size
@@ -230,7 +267,7 @@ def _legends(names: Sequence[str], colours: Tensor, areas: Tensor, height: int) 
                 ink = "#202020" if round(share, 3) > 0 else "#a0a0a0"
                 style = text_style(_points(size)) | {"va": "center_baseline", "color": ink}
                 axes.add_patch(
-                    matplotlib.patches.Rectangle(
+                    matplotlib().patches.Rectangle(
                         (left, middle - 0.6 * size),
                         1.2 * size,
                         1.2 * size,
@@ -248,7 +285,7 @@ def _legends(names: Sequence[str], colours: Tensor, areas: Tensor, height: int) 
 def _inked(image: Tensor, draw: Callable[[Axes], None]) -> Tensor:
     """The image with what ``draw`` draws over it, in pixels from the top left corner."""
     height, width = image.shape[:2]
-    figure = Figure((width / _DPI, height / _DPI), _DPI)
+    figure = matplotlib().figure.Figure((width / _DPI, height / _DPI), _DPI)
     figure.patch.set_alpha(0)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
@@ -266,7 +303,7 @@ def figure_image(figure: Figure, dpi: int) -> Tensor:
 
 def _pixels(figure: Figure) -> Tensor:
     """A figure at its own dpi as RGBA (H, W, 4) in 0..1."""
-    canvas = FigureCanvasAgg(figure)
+    canvas = matplotlib().backends.backend_agg.FigureCanvasAgg(figure)
     canvas.draw()
     return torch.from_numpy(np.array(canvas.buffer_rgba())).float() / 255
 
@@ -277,7 +314,7 @@ def _points(pixels: float) -> float:
 
 @cache
 def font_families() -> tuple[str, ...]:
-    installed = {font.name for font in font_manager.fontManager.ttflist}
+    installed = {font.name for font in matplotlib().font_manager.fontManager.ttflist}
     return ("DejaVu Sans", *(name for name in _MORE_FONTS if name in installed))
 
 
@@ -288,8 +325,9 @@ def text_style(points: float) -> dict:
 
 def text_width(text: str, size: float) -> float:
     """Width of a line of text of that size, both in pixels."""
-    font = FontProperties(family=list(font_families()), size=_points(size))
-    return RendererAgg(1, 1, _DPI).get_text_width_height_descent(text, font, ismath=False)[0]
+    font = matplotlib().font_manager.FontProperties(family=list(font_families()), size=_points(size))
+    renderer = matplotlib().backends.backend_agg.RendererAgg(1, 1, _DPI)
+    return renderer.get_text_width_height_descent(text, font, ismath=False)[0]
 
 
 def shortened(text: str, width: float, size: float) -> str:

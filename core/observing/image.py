@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..architectures import family_of
 from ..concepts import Concepts, ConceptTokens
+from ..images import rgb_images
 from .latents import recorded
 from .observe import observe
 from .recording import Recording, RecordingError
@@ -135,11 +136,9 @@ def encode_images(vae: VAE, images: Tensor, unit: int) -> Tensor:
         unit: see ``patch_pixels``.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: they are no images, see ``rgb_images``.
     """
-    if not images.numel():
-        raise ValueError(f"There are no images: the batch has the shape {tuple(images.shape)}.")
-    pixels = images[..., :3].movedim(-1, 1)
+    pixels = rgb_images(images).movedim(-1, 1)
     padded = pad_to_patch_size(pixels, (unit, unit), padding_mode="replicate")
     return vae.encode(padded.movedim(1, -1))
 
@@ -180,7 +179,7 @@ def step_levels(model: ModelPatcher, text: str, of: int) -> tuple[float, ...]:
         ValueError: the text cannot be read, or a step is not one of ``of``.
     """
     parts = re.split(r"[,\s]+", text.strip(" ,\t\r\n"))
-    if not all(part.isdecimal() for part in parts):
+    if not all(re.fullmatch(r"\d{1,99}", part) for part in parts):
         raise ValueError(f'Noise steps "{text}" cannot be read. Write whole numbers, as in "2" or "1, 2".')
     steps = [int(part) for part in parts]
     for step in steps:

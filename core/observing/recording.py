@@ -211,24 +211,30 @@ def parse_layers(
         left_out: see ``Recording``.
 
     Raises:
-        ValueError: it is none of these, or names layers that are not available.
+        ValueError: it is none of these, has a range that runs backwards, or names layers that are not
+            available.
     """
     words = text.strip().casefold()
     if words in ("all", "default"):
         return tuple(available if words == "all" else default)
     layers: set[int] = set()
     for part in words.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        # Of thousands of digits, int would raise an error of its own.
+        match = re.fullmatch(r"\s*(\d{1,99})\s*(?:-\s*(\d{1,99})\s*)?", part)
         if not match:
             raise ValueError(
                 f'Layers "{text}" cannot be read. Write "default", "all", or numbers as in "0, 15-18"; '
                 f"available: {_listed(available)}."
             )
         first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise ValueError(
+                f'Layers "{text}" have a range that runs backwards: write {last}-{first} for {first}-{last}.'
+            )
         missing = [n for n in (first, last) if n not in available]
-        if missing or first > last:
+        if missing:
             reason = ""
-            if missing and set(missing) <= set(left_out):
+            if set(missing) <= set(left_out):
                 reason = (
                     f" Layers {_listed(left_out)} were left out while sampling, because all together would "
                     f"have taken more than {BUDGET // 2**20} MB. To have them, record less: choose layers "
