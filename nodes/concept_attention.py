@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..core.observing.observe import observe
 from .browser import live_maps
 from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
+from .search import DETECTION, EXPLANATION, HEATMAPS, MASKS, REGIONS, SEGMENTATION
 from .types import CATEGORY
 
 
@@ -20,16 +21,7 @@ class ConceptAttention(io.ComfyNode):
                 "stays the same. Put it between the model and any sampler, and connect the sampler's "
                 "LATENT to Concept Saliency."
             ),
-            search_aliases=[
-                "concept attention",
-                "saliency",
-                "heatmap",
-                "attention map",
-                "where is",
-                "interpretability",
-                "segmentation",
-                "DAAM",
-            ],
+            search_aliases=[*HEATMAPS, *EXPLANATION, *DETECTION, *MASKS, *REGIONS, *SEGMENTATION],
             inputs=[
                 io.Model.Input("model"),
                 io.Clip.Input("clip", tooltip="The text encoders of the same model."),

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..core.concepts import split_names
 from ..core.drawing.render import images_of
 from ..core.reading.masks import concept_masks
+from .search import DETECTION, MASKS, REGIONS, SEGMENTATION
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -20,7 +21,14 @@ class ConceptMask(io.ComfyNode):
             display_name="Concept Mask",
             category=CATEGORY,
             description="Cuts a mask for inpainting, compositing or conditioning out of concept maps.",
-            search_aliases=["concept segmentation", "mask from attention", "inpaint mask", "automatic mask"],
+            search_aliases=[
+                "mask from attention",
+                "inpaint mask",
+                *MASKS,
+                *DETECTION,
+                *REGIONS,
+                *SEGMENTATION,
+            ],
             inputs=[
                 ConceptMapsType.Input("maps"),
                 io.String.Input(
