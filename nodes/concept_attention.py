@@ -6,6 +6,7 @@ from ..core.observing.observe import observe
 from .browser import live_maps
 from .limits import within_limits
 from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
+from .search import DETECTION, EXPLANATION, HEATMAPS, MASKS, REGIONS, SEGMENTATION
 from .types import CATEGORY
 
 
@@ -21,16 +22,7 @@ class ConceptAttention(io.ComfyNode):
                 "stays the same. Put it between the model and any sampler, and connect the sampler's "
                 "LATENT to Concept Saliency."
             ),
-            search_aliases=[
-                "concept attention",
-                "saliency",
-                "heatmap",
-                "attention map",
-                "where is",
-                "interpretability",
-                "segmentation",
-                "DAAM",
-            ],
+            search_aliases=[*HEATMAPS, *EXPLANATION, *DETECTION, *MASKS, *REGIONS, *SEGMENTATION],
             inputs=[
                 io.Model.Input("model"),
                 io.Clip.Input("clip", tooltip="The text encoders of the same model."),

@@ -15,6 +15,7 @@ from ..core.observing.image import (
 from ..core.observing.latents import remember
 from .limits import within_limits
 from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
+from .search import DETECTION, EXPLANATION, HEATMAPS, MASKS, SEGMENTATION
 from .types import CATEGORY
 
 
@@ -30,15 +31,13 @@ class ConceptAttentionImage(io.ComfyNode):
                 "noise, and nothing is painted. Connect the LATENT to Concept Saliency."
             ),
             search_aliases=[
-                "concept attention",
-                "segmentation",
-                "saliency",
-                "heatmap",
-                "attention map",
                 "existing image",
                 "encode image",
-                "where is",
-                "interpretability",
+                *HEATMAPS,
+                *EXPLANATION,
+                *DETECTION,
+                *MASKS,
+                *SEGMENTATION,
             ],
             inputs=[
                 io.Model.Input("model", tooltip="Without Concept Attention: it is not sampled."),

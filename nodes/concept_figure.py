@@ -14,6 +14,7 @@ from ..core.drawing.figures import concepts_figure, layers_figures
 from ..core.drawing.render import COLOUR_MAPS, figure_image, images_of
 from ..core.observing.recording import parse_layers
 from .limits import within_limits
+from .search import HEATMAPS
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -28,7 +29,7 @@ class ConceptFigure(io.ComfyNode):
                 "Makes a figure for a page: concepts side by side, or one concept by layer and step, with a "
                 "colour bar. Saved as PNG to the output folder, on request also as SVG or PDF."
             ),
-            search_aliases=["plot", "matplotlib", "publication figure", "layers", "timesteps", "colour bar"],
+            search_aliases=["plot", "matplotlib", "publication figure", "colour bar", *HEATMAPS],
             inputs=[
                 ConceptMapsType.Input("maps"),
                 io.Image.Input(

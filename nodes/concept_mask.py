@@ -10,6 +10,7 @@ from ..core.concepts import split_names
 from ..core.drawing.render import images_of
 from ..core.reading.masks import concept_masks
 from .limits import within_limits
+from .search import DETECTION, MASKS, REGIONS, SEGMENTATION
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -21,7 +22,14 @@ class ConceptMask(io.ComfyNode):
             display_name="Concept Mask",
             category=CATEGORY,
             description="Cuts a mask for inpainting, compositing or conditioning out of concept maps.",
-            search_aliases=["concept segmentation", "mask from attention", "inpaint mask", "automatic mask"],
+            search_aliases=[
+                "mask from attention",
+                "inpaint mask",
+                *MASKS,
+                *DETECTION,
+                *REGIONS,
+                *SEGMENTATION,
+            ],
             inputs=[
                 ConceptMapsType.Input("maps"),
                 io.String.Input(

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from ..core.concepts import split_names
 from ..core.drawing.render import COLOUR_MAPS, overlay_images
 from .limits import within_limits
+from .search import HEATMAPS
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -17,7 +18,7 @@ class ConceptOverlay(io.ComfyNode):
             display_name="Concept Overlay",
             category=CATEGORY,
             description="Lays concept maps over the image in colours.",
-            search_aliases=["heatmap overlay", "saliency overlay", "contour", "attention overlay", "DAAM"],
+            search_aliases=["overlay", "contour", *HEATMAPS],
             inputs=[
                 ConceptMapsType.Input("maps"),
                 io.Image.Input("image", tooltip="The image that the maps are of, at any scale."),

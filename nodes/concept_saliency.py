@@ -7,6 +7,7 @@ from ..core.observing.latents import recording_of
 from ..core.observing.recording import parse_layers
 from ..core.reading.maps import GROUNDINGS, ConceptMaps, concept_maps, upscale
 from .limits import within_limits
+from .search import EXPLANATION, HEATMAPS
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -21,7 +22,7 @@ class ConceptSaliency(io.ComfyNode):
                 "Turns what Concept Attention recorded into one saliency map per concept. Changing "
                 "anything here does not sample again."
             ),
-            search_aliases=["saliency map", "heatmap", "attention map", "concept attention", "DAAM"],
+            search_aliases=[*HEATMAPS, *EXPLANATION],
             inputs=[
                 io.MultiType.Input(
                     "latent",
@@ -76,6 +77,13 @@ class ConceptSaliency(io.ComfyNode):
                         "the softmax."
                     ),
                 ),
+                io.Boolean.Input(
+                    "names",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Write the names of the concepts into the heatmaps.",
+                ),
             ],
             outputs=[
                 ConceptMapsType.Output(display_name="maps"),
@@ -102,6 +110,7 @@ class ConceptSaliency(io.ComfyNode):
         softmax: bool,
         temperature: float,
         grounding: str = GROUNDINGS[0],
+        names: bool = True,
     ) -> io.NodeOutput:
         recording = latent.recording if isinstance(latent, ConceptMaps) else recording_of(latent)
         chosen = parse_layers(layers, recording.layers, recording.default_layers, recording.left_out)
@@ -114,6 +123,7 @@ class ConceptSaliency(io.ComfyNode):
             temperature=temperature,
             grounding=grounding,
         )
-        count = len(maps.concepts.names)
-        shown = upscale(maps.values[:, :count], maps.image_size, maps.coverage)
-        return io.NodeOutput(maps, shown.flatten(0, 1), heatmap_images(shown).flatten(0, 1))
+        concepts = maps.concepts.names
+        shown = upscale(maps.values[:, : len(concepts)], maps.image_size, maps.coverage)
+        heatmaps = heatmap_images(shown, concepts if names else ())
+        return io.NodeOutput(maps, shown.flatten(0, 1), heatmaps.flatten(0, 1))

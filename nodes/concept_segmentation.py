@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..core.drawing.render import images_of, segmentation_images
 from ..core.reading.masks import label_masks, segment
 from .limits import within_limits
+from .search import MASKS, SEGMENTATION
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -19,7 +20,7 @@ class ConceptSegmentation(io.ComfyNode):
             display_name="Concept Segmentation",
             category=CATEGORY,
             description="Gives every pixel to the concept that wins there: a coloured picture, and masks.",
-            search_aliases=["semantic segmentation", "argmax", "label map", "segmentation map", "legend"],
+            search_aliases=["argmax", "label map", "legend", *SEGMENTATION, *MASKS],
             inputs=[
                 ConceptMapsType.Input("maps"),
                 io.Image.Input(

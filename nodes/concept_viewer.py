@@ -14,6 +14,7 @@ from ..core.drawing.transport import pack, picture
 from ..core.reading.maps import ConceptMaps
 from .browser import publish, workflow_id
 from .limits import within_limits
+from .search import EXPLANATION, HEATMAPS
 from .types import CATEGORY, ConceptMapsType
 
 
@@ -28,13 +29,7 @@ class ConceptViewer(io.ComfyNode):
                 "Shows concept maps on the picture: point at it to see which concepts live there, pick "
                 "concepts and a threshold, and look through layers and steps. Nothing is sampled again."
             ),
-            search_aliases=[
-                "concept attention",
-                "saliency viewer",
-                "heatmap viewer",
-                "interactive",
-                "explore",
-            ],
+            search_aliases=["interactive", "explore", *HEATMAPS, *EXPLANATION],
             inputs=[
                 ConceptMapsType.Input("maps"),
                 io.Image.Input("image", optional=True, tooltip="The picture that the maps belong to."),

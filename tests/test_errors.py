@@ -90,6 +90,15 @@ def test_the_nodes_work_with_their_defaults(latent):
     assert mask(maps).shape == (1, 96, 128)
 
 
+def test_heatmaps_have_names_unless_they_are_switched_off(latent):
+    _, masks, named = saliency(latent)
+    _, same_masks, plain = saliency(latent, names=False)
+    assert torch.equal(masks, same_masks)
+    changed = (named != plain).any(-1)
+    assert changed[:, :48].any((1, 2)).all()
+    assert not changed[:, 48:].any()
+
+
 class Holder(torch.nn.Module):
     def __init__(self, diffusion_model: torch.nn.Module) -> None:
         super().__init__()

@@ -23,14 +23,13 @@ VIEWER_TEXTS = (comfyui.ROOT / "web" / "texts.mjs").read_text("utf-8")
 TRANSLATIONS = ("ko", "zh", "ja")
 LANGUAGES = ("en", *TRANSLATIONS)
 FILES = ("nodeDefs", "settings", "main")
-HELP_LANGUAGES = ("en", "ko")
 LARGEST_PICTURE = 60 * 1024
 
 NODES = {
     node.define_schema().node_id: node.GET_NODE_INFO_V1()
     for node in asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list())
 }
-PAGES = [(node, language) for node in NODES for language in HELP_LANGUAGES]
+PAGES = [(node, language) for node in NODES for language in LANGUAGES]
 
 
 def read(language: str, file: str) -> dict:
@@ -164,8 +163,13 @@ def pictures(text: str) -> list[str]:
     return re.findall(r"!\[[^]]*\]\((.+?)\)", text)
 
 
+def address(node: str, language: str) -> str:
+    """A page in ``docs/``. The front end shows the English one in languages that have none."""
+    return f"{node}.md" if language == "en" else f"{node}/{language}.md"
+
+
 def page(node: str, language: str) -> str:
-    path = DOCS / node / f"{language}.md"
+    path = DOCS / address(node, language)
     assert path.exists(), f"{node} has no help page {path.relative_to(comfyui.ROOT)}"
     return path.read_text("utf-8")
 
@@ -177,25 +181,59 @@ def test_a_help_page_has_small_pictures_that_exist(node, language):
     assert shown
     for name in shown:
         assert name.startswith(f"{node}/")
-        assert (DOCS / name).exists(), f"{node}/{language}.md shows {name}, which is missing"
+        assert (DOCS / name).exists(), f"{address(node, language)} shows {name}, which is missing"
         assert (DOCS / name).stat().st_size <= LARGEST_PICTURE, name
         with Image.open(DOCS / name) as image:
             image.verify()
 
 
 def test_there_is_nothing_in_the_help_that_no_page_shows():
-    expected = {f"{node}/{language}.md" for node, language in PAGES}
+    expected = {address(node, language) for node, language in PAGES}
     expected |= {name for node, language in PAGES for name in pictures(page(node, language))}
     assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.is_file()} == expected
 
 
+@pytest.mark.parametrize("language", TRANSLATIONS)
 @pytest.mark.parametrize("node", NODES)
-def test_the_korean_page_has_the_parts_of_the_english_one(node):
-    english_page, korean_page = page(node, "en"), page(node, "ko")
-    assert headings_and_pictures(korean_page) == headings_and_pictures(english_page)
-    assert re.findall("`(.+?)`", "\n".join(rows(korean_page))) == re.findall(
-        "`(.+?)`", "\n".join(rows(english_page))
+def test_a_translated_page_has_the_parts_of_the_english_one(node, language):
+    original, translated = page(node, "en"), page(node, language)
+    assert headings_and_pictures(translated) == headings_and_pictures(original)
+    assert re.findall("`(.+?)`", "\n".join(rows(translated))) == re.findall(
+        "`(.+?)`", "\n".join(rows(original))
     )
+    for a, b in zip(sections(original), sections(translated), strict=True):
+        assert a.count("\n- ") == b.count("\n- "), a
+        assert a.count("\n| ") == b.count("\n| "), a
+
+
+@pytest.mark.parametrize("language", TRANSLATIONS)
+@pytest.mark.parametrize("node", NODES)
+def test_a_translated_page_keeps_numbers_and_what_comfyui_says_in_english(node, language):
+    """Messages that users look up, and the choices of the widgets; those of the viewer are translated."""
+    own_words = read("en", "main")["conceptViewer"].values()
+    settings = flat(read("en", "settings")).values()
+    translated = page(node, language)
+    for quoted, number in re.findall(
+        r'"([^"\n]+)"|(?<![\w.-])(\d+(?:\.\d+)?(?:e-\d+)?)(?![\w.])', page(node, "en")
+    ):
+        if quoted and (any(quoted in text for text in own_words) or quoted in settings):
+            continue
+        assert (quoted or number) in translated, f"{address(node, language)} lacks {quoted or number}"
+
+
+@pytest.mark.parametrize("node, language", PAGES)
+def test_emphasis_in_a_help_page_begins_and_ends_where_markdown_sees_it(node, language):
+    """A ``**`` ends none between a sign and a letter, and begins none between a letter and a sign."""
+    for line in page(node, language).splitlines():
+        marks = [match.start() for match in re.finditer(r"\*\*", line)]
+        assert len(marks) % 2 == 0, line
+        for opening, closing in zip(marks[::2], marks[1::2], strict=True):
+            assert line[opening + 2].isalnum() or not line[max(opening - 1, 0)].isalnum(), line
+            assert line[closing - 1].isalnum() or not line[closing + 2 : closing + 3].isalnum(), line
+
+
+def sections(text: str) -> list[str]:
+    return re.split(r"^## ", text, flags=re.M)
 
 
 def rows(text: str) -> list[str]:
@@ -212,22 +250,34 @@ def test_a_help_page_names_inputs_and_outputs_as_the_nodes_do(node, language):
     every = set().union(*map(names, NODES.values()))
     assert not set(re.findall("`(.+?)`", text)) - every
     in_tables = set(re.findall("`(.+?)`", "\n".join(rows(text))))
-    assert in_tables
     assert not in_tables - names(NODES[node])
+    assert not {name for _, name, _, _ in inputs(NODES[node]["input"])} - in_tables
 
 
+@pytest.mark.parametrize("language", TRANSLATIONS)
 @pytest.mark.parametrize("node", NODES)
-def test_the_korean_page_names_inputs_and_outputs_as_the_korean_node_does(node):
-    texts = read("ko", "nodeDefs")[node]
+def test_a_translated_page_names_inputs_and_outputs_as_the_translated_node_does(node, language):
+    texts = read(language, "nodeDefs")[node]
     shown = {}
     for key, name, _, _ in inputs(NODES[node]["input"]):
         shown.setdefault(name, set()).add(texts["inputs"][key]["name"])
     for index, name in enumerate(NODES[node]["output_name"]):
         if translated := texts.get("outputs", {}).get(str(index), {}).get("name"):
             shown.setdefault(name, set()).add(translated)
-    for label, name in re.findall(r"(?:^\| |, )([^|,]+?) \(`(\w+)`\)", page(node, "ko"), re.M):
+    labelled = re.findall(r"(?:^\| |, )([^|,]+?) \(`(\w+)`\)", page(node, language), re.M)
+    assert labelled
+    for label, name in labelled:
         if name in shown:
             assert label in shown[name], f"{name} is {shown[name]}, not {label}"
+
+
+@pytest.mark.parametrize("language", TRANSLATIONS)
+@pytest.mark.parametrize("node", NODES)
+def test_a_translated_page_calls_nodes_by_their_translated_names(node, language):
+    originals, translated = read("en", "nodeDefs"), read(language, "nodeDefs")
+    named = {n for n in NODES if f"**{originals[n]['display_name']}**" in page(node, "en")}
+    for other in named:
+        assert translated[other]["display_name"] in page(node, language), other
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +299,10 @@ def test_comfyui_hands_the_texts_to_the_front_end(server, language):
 @pytest.mark.parametrize("node, language", PAGES)
 def test_comfyui_serves_the_help_pages_and_their_pictures(server, node, language):
     text = page(node, language)
-    address = f"{server.url}/extensions/concept-attention/docs/"
-    with urllib.request.urlopen(f"{address}{node}/{language}.md") as response:
+    folder = f"{server.url}/extensions/concept-attention/docs/"
+    with urllib.request.urlopen(folder + address(node, language)) as response:
         assert response.headers.get_content_type() != "text/html"
         assert response.read().decode("utf-8") == text
     for name in pictures(text):
-        with urllib.request.urlopen(address + quote(name)) as response:
+        with urllib.request.urlopen(folder + quote(name)) as response:
             assert response.headers.get_content_maintype() == "image"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
+from matplotlib.axes import Axes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from concept_attention.core.concepts import Concepts
@@ -104,6 +105,29 @@ def test_the_heatmaps_of_each_image_go_from_zero_to_the_highest_value_there():
         heatmaps = heatmap_images(images)
         for image, own in zip(heatmaps, images, strict=True):
             assert torch.equal(image, colourise(own / (own.max() or 1.0)))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_a_heatmap_has_its_name_in_the_corner_readable_on_any_colour(value):
+    maps = torch.full((2, 2, 128, 192), value)
+    maps[:, :, -1] = 1.0
+    plain, named = heatmap_images(maps), heatmap_images(maps, ["rock", "dragon"])
+    changed = (plain != named).any(-1)
+    for one, other in zip(*changed, strict=True):
+        assert torch.equal(one, other)  # the same name in each image of the batch
+    rock, dragon = changed[0]
+    assert rock.any(0).sum() < dragon.any(0).sum() < 96
+    assert not changed[..., 40:, :].any()
+    luminance = named[0, 1][dragon] @ torch.tensor([0.2126, 0.7152, 0.0722])
+    linear = ((luminance + 0.055) / 1.055) ** 2.4
+    assert (linear.max() + 0.05) / (linear.median() + 0.05) > 4.5  # WCAG's level AA
+
+
+def test_the_name_on_a_heatmap_is_the_one_on_an_overlay():
+    maps = scene()
+    heatmap = heatmap_images(maps.at_size(128, 256)[:, :1], ["cat"])[0, 0]
+    overlay = overlay_images(maps, photo(), ["cat"], opacity=1.0)[0, 0]
+    assert torch.equal(heatmap, overlay)
 
 
 def test_making_heatmaps_takes_little_memory_beside_them():
@@ -296,23 +320,46 @@ def test_the_legend_says_how_much_of_the_image_each_concept_takes():
     assert not torch.equal(other[1, :, 256:], listed[1, :, 256:])
 
 
-@pytest.mark.parametrize("height", [64, 1024])
-@pytest.mark.parametrize("count", [1, 20, 127])
-def test_a_legend_lists_any_number_of_concepts_beside_an_image_of_any_size(height, count):
+def listed(legend: torch.Tensor, count: int) -> list[int]:
+    """Which of so many concepts have their colour in a legend (H, W, 3)."""
+    colours = torch.from_numpy(palette(count)).float()
+    return [i for i in range(count) if ((legend - colours[i]).abs().amax(-1) < 0.003).sum() > 50]
+
+
+@pytest.mark.parametrize("height, count", [(64, 1), (64, 10), (1024, 1), (1024, 20), (1024, 127)])
+def test_a_legend_lists_all_concepts_beside_an_image_of_any_size(height, count):
     labels = torch.zeros(1, height, 16, dtype=torch.long)
     picture = segmentation_images(labels, [f"concept {i}" for i in range(count)])
     legend = picture[0, :, 16:]
-    colours = torch.from_numpy(palette(count)).float()
-    swatches = (legend[:, :, None] - colours[[0, -1]]).abs().amax(-1) < 0.01
-    assert swatches.any(0).any(0).all()
+    assert listed(legend, count) == [*range(count)]
     edges = torch.cat([legend[[0, -1]].flatten(), legend[:, [0, -1]].flatten()])
     assert (edges == 1).all()
+
+
+@pytest.mark.parametrize("size", [(64, 16), (256, 256), (100, 2000)])
+def test_a_legend_too_wide_for_all_concepts_lists_the_largest_and_counts_the_rest(size, monkeypatch):
+    written = []
+    text = Axes.text
+    monkeypatch.setattr(Axes, "text", lambda *a, **k: (written.append(a[3]), text(*a, **k)))
+    labels = torch.arange(127).repeat(2, size[0], 1).repeat_interleave(size[1] // 16, 2)[..., : size[1]]
+    labels[1], labels[:, :8] = 126, 100
+    picture = segmentation_images(labels, [f"concept {i}" for i in range(127)])
+    assert picture.shape[2] - size[1] <= max(1024, *size)
+    shown = listed(picture[0, :, size[1] :], 127)
+    assert 1 < len(shown) < 127
+    assert {100, 126} <= {*shown}
+    assert listed(picture[1, :, size[1] :], 127) == shown
+    first = written[: len(written) // 2]
+    assert first[::2] == [*(f"concept {i}" for i in shown), f"and {127 - len(shown)} more", "none of these"]
+    shares = [float(share.removesuffix(" %")) for share in first[1::2]]
+    assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares))
 
 
 def test_names_of_any_kind_are_drawn_in_every_picture_and_format(tmp_path):
     concepts = Concepts(HOSTILE)
     maps = concept_maps(recording(concepts=concepts))
     overlay_images(maps, photo(1, 64, 96), HOSTILE)
+    heatmap_images(maps.at_size(64, 96), maps.concepts.names)
     segmentation_images(segment(maps), HOSTILE, photo(1, 64, 96))
     figures = [concepts_figure(maps, title=HOSTILE[2])]
     figures += layers_figures(maps, HOSTILE[:2], layers=[0], columns=1)

@@ -23,6 +23,7 @@
 import { RecordedMaps, chosenEvaluations, same, unpack } from "./maps.mjs";
 import { Field, MAGMA_GRADIENT, blend, heatmap } from "./paint.mjs";
 import { Strip } from "./strip.mjs";
+import { withNames } from "./names.mjs";
 import { make } from "./dom.mjs";
 import { fill, texts } from "./texts.mjs";
 
@@ -590,8 +591,10 @@ export class Panel {
     const { width, height } = this.#size();
     const canvas = make("canvas", { width, height });
     this.#paint(canvas, Math.max(width, height) / 640);
+    const { concepts, colours } = this.#scene;
+    const shown = this.#drawn(this.#scene).map((i) => ({ name: concepts[i], colour: colours[i] }));
     /** @type {Promise<any>} a Blob, or null of a picture that is too large */
-    const png = new Promise((resolve) => canvas.toBlob(resolve));
+    const png = new Promise((resolve) => withNames(canvas, shown).toBlob(resolve));
     try {
       await navigator.clipboard.write([new ClipboardItem({ "image/png": png })]);
       this.status.textContent = texts.copied;

@@ -7,12 +7,13 @@ Names are a user's text: never mathtext, and letters that no font has are drawn 
 from __future__ import annotations
 
 import bisect
+import logging
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +54,9 @@ _MORE_FONTS = (
 
 _LUMA = torch.tensor([0.2126, 0.7152, 0.0722])
 
+_SMALLEST = 11.0  # size of letters, in pixels
+_LEGEND = 1024  # pixels that a legend may always be wide
+
 _DPI = 128  # a power of 2: pixels to inches and back without rounding
 
 
@@ -90,11 +94,24 @@ def colourise(maps: Tensor, colour_map: str = "magma") -> Tensor:
     return _colours(maps, torch.ones(maps.shape[:-2]), colour_map)
 
 
-def heatmap_images(maps: Tensor) -> Tensor:
+def heatmap_images(maps: Tensor, names: Sequence[str] = ()) -> Tensor:
     """Maps (B, K, H, W) as heatmaps (B, K, H, W, 3). All concepts of an image share one scale, from 0 to
-    the highest value of any, so that an absent concept looks absent."""
+    the highest value of any, so that an absent concept looks absent. ``names`` are those of the K concepts,
+    to be written into their pictures, if there is a matplotlib to write them."""
     highest = _positive(maps.amax((1, 2, 3)))
-    return _colours(maps, highest[:, None].expand(maps.shape[:2]), "magma")
+    pictures = _colours(maps, highest[:, None].expand(maps.shape[:2]), "magma")
+    height, width = maps.shape[-2:]
+    if names:
+        try:
+            matplotlib()
+        except ImportError as error:
+            logging.warning("Concept Attention: heatmaps without names. %s", error)
+            return pictures
+    for index, name in enumerate(names):
+        for picture in pictures[:, index]:
+            top = picture[: _name_height(height)]
+            top.copy_(_inked(top, lambda axes, n=name: _write_name(axes, n, (height, width))))
+    return pictures
 
 
 def _colours(maps: Tensor, highest: Tensor, colour_map: str) -> Tensor:
@@ -191,17 +208,31 @@ def _annotate(axes: Axes, map_: Tensor, contour: float, name: str) -> None:
             linewidths=_points(line),
         ).set_path_effects([shadow])
     if name:
-        size = max(11.0, height / 26)
-        margin = 0.7 * size
-        axes.text(
-            margin,
-            margin,
-            shortened(name, width - 2.6 * margin, size),
-            **text_style(_points(size)),
-            color="white",
-            va="top",
-            bbox={"boxstyle": "round,pad=0.35", "facecolor": "#000000a0", "edgecolor": "none"},
-        )
+        _write_name(axes, name, (height, width))
+
+
+def _write_name(axes: Axes, name: str, image_size: tuple[int, int]) -> None:
+    """Into the top left corner of a picture of that height and width."""
+    size = _name_size(image_size[0])
+    margin = 0.7 * size
+    axes.text(
+        margin,
+        margin,
+        shortened(name, image_size[1] - 2.6 * margin, size),
+        **text_style(_points(size)),
+        color="white",
+        va="top",
+        bbox={"boxstyle": "round,pad=0.35", "facecolor": "#000000a0", "edgecolor": "none"},
+    )
+
+
+def _name_size(height: int) -> float:
+    return max(_SMALLEST, height / 26)
+
+
+def _name_height(height: int) -> int:
+    """So many of a picture's rows, from the top, hold its name: less to draw than all of them."""
+    return min(height, round(4 * _name_size(height)))
 
 
 def segmentation_images(
@@ -233,7 +264,7 @@ def segmentation_images(
     if not legend:
         return pictures
     areas = torch.stack([(labels == i).float().mean((1, 2)) for i in range(len(names))], 1)
-    return torch.cat([pictures, _legends(names, table, areas, labels.shape[-2])], 2)
+    return torch.cat([pictures, _legends(names, table, areas, labels.shape[1:])], 2)
 
 
 def _borders(labels: Tensor, thickness: int) -> Tensor:
@@ -245,25 +276,50 @@ def _borders(labels: Tensor, thickness: int) -> Tensor:
     return (highest != -lowest).squeeze(1)
 
 
-def _legends(names: Sequence[str], colours: Tensor, areas: Tensor, height: int) -> Tensor:
-    """White columns (N, height, width, 3) that list the colour, name and area (N, K) of each concept, and
-    how much of the image shows none of them."""
-    entries = [*names, "none of these"]
-    size = max(11.0, min(height / 30, 40.0, 1.1 * height / len(entries)))
-    row, margin = 1.7 * size, size
-    per_column = max(1, int((height - 2 * margin) // row))
-    columns = [entries[i : i + per_column] for i in range(0, len(entries), per_column)]
-    shown = [[shortened(name, 14 * size, size) for name in column] for column in columns]
-    number = text_width("100.0 %", size)
-    widths = [2.2 * size + max(text_width(n, size) for n in c) + size + number for c in shown]
-    lefts = np.cumsum([margin] + [w + 1.5 * size for w in widths[:-1]])
-    paper = torch.ones(height, round(lefts[-1] + widths[-1] + margin), 3)
+class _Entry(NamedTuple):
+    """A line of the legends: its share of each image (N), and no colour where it is of no single concept."""
 
-    def write(axes: Axes, shares: list[float]) -> None:
-        for column, (left, width) in enumerate(zip(lefts, widths, strict=True)):
-            for i, name in enumerate(shown[column]):
-                index = column * per_column + i
-                share, middle = shares[index], margin + (i + 0.5) * row
+    name: str
+    shares: Tensor
+    colour: Tensor | None = None
+    outlined: bool = False
+
+
+def _legends(names: Sequence[str], colours: Tensor, areas: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """White columns (N, height, width, 3) that list the colour, name and area (N, K) of each concept, and
+    how much of the image shows none of them. Where this would take more than ``_LEGEND`` pixels beside a
+    smaller image, letters get smaller, and then concepts with the smallest areas are only counted."""
+    height, limit = image_size[0], max(_LEGEND, *image_size)
+    concepts = [_Entry(name, areas[:, i], colours[i]) for i, name in enumerate(names)]
+    clear = _Entry("none of these", 1 - areas.sum(1), outlined=True)
+    largest_first = areas.sum(0).argsort(descending=True, stable=True).tolist()
+    cut, width_of = cache(shortened), cache(text_width)
+    size, listed = max(_SMALLEST, min(height / 30, 40.0, 1.1 * height / (len(names) + 1))), len(names)
+    while True:
+        entries = [concepts[i] for i in sorted(largest_first[:listed])]
+        if rest := largest_first[listed:]:
+            entries.append(_Entry(f"and {len(rest)} more", areas[:, rest].sum(1)))
+        entries.append(clear)
+        entries = [entry._replace(name=cut(entry.name, 14 * size, size)) for entry in entries]
+        row, margin, gap = 1.7 * size, size, 1.5 * size
+        per_column = max(1, int((height - 2 * margin) // row))
+        columns = [entries[i : i + per_column] for i in range(0, len(entries), per_column)]
+        number = width_of("100.0 %", size)
+        widths = [3.2 * size + max(width_of(e.name, size) for e in c) + number for c in columns]
+        width = round(sum(widths) + gap * (len(widths) - 1) + 2 * margin)
+        if width <= limit or listed == 1:
+            break
+        if size > _SMALLEST:
+            size = max(_SMALLEST, 0.9 * size)
+        else:
+            listed -= 1
+    lefts = margin + np.cumsum([0, *widths[:-1]]) + gap * np.arange(len(widths))
+    paper = torch.ones(height, width, 3)
+
+    def write(axes: Axes, image: int) -> None:
+        for column, left, width in zip(columns, lefts, widths, strict=True):
+            for i, entry in enumerate(column):
+                share, middle = entry.shares[image].item(), margin + (i + 0.5) * row
                 ink = "#202020" if round(share, 3) > 0 else "#a0a0a0"
                 style = text_style(_points(size)) | {"va": "center_baseline", "color": ink}
                 axes.add_patch(
@@ -271,15 +327,14 @@ def _legends(names: Sequence[str], colours: Tensor, areas: Tensor, height: int) 
                         (left, middle - 0.6 * size),
                         1.2 * size,
                         1.2 * size,
-                        facecolor=colours[index].tolist() if index < len(names) else "none",
-                        edgecolor="#808080" if index == len(names) else "none",
+                        facecolor="none" if entry.colour is None else entry.colour.tolist(),
+                        edgecolor="#808080" if entry.outlined else "none",
                     )
                 )
-                axes.text(left + 2 * size, middle, name, **style)
+                axes.text(left + 2 * size, middle, entry.name, **style)
                 axes.text(left + width, middle, f"{100 * share:.1f} %", ha="right", **style)
 
-    shares = torch.cat([areas, 1 - areas.sum(1, keepdim=True)], 1).tolist()
-    return torch.stack([_inked(paper, lambda axes, s=s: write(axes, s)) for s in shares])
+    return torch.stack([_inked(paper, lambda axes, i=i: write(axes, i)) for i in range(len(areas))])
 
 
 def _inked(image: Tensor, draw: Callable[[Axes], None]) -> Tensor:

@@ -338,6 +338,61 @@ def test_a_picture_that_is_too_large_to_copy_is_said_to_be(viewer):
     assert viewer.status() == "The picture is too large."
 
 
+# What is copied: its size, and the texts that are written into it.
+COPY = """(button) => {
+    const { fillText } = CanvasRenderingContext2D.prototype;
+    const { toBlob } = HTMLCanvasElement.prototype;
+    const copied = { texts: [] };
+    CanvasRenderingContext2D.prototype.fillText = (text) => copied.texts.push(text);
+    HTMLCanvasElement.prototype.toBlob = function (callback) {
+        copied.size = [this.width, this.height];
+        callback(null);
+    };
+    button.click();
+    CanvasRenderingContext2D.prototype.fillText = fillText;
+    HTMLCanvasElement.prototype.toBlob = toBlob;
+    return copied;
+}"""
+
+
+def test_a_copy_has_the_names_of_the_concepts_that_it_shows(viewer):
+    button = viewer.panel.get_by_text("Copy")
+    all_of_them = button.evaluate(COPY)
+    assert all_of_them["texts"] == [*made_up.CONCEPTS[:-1]]
+    viewer.chip("rock").click()
+    alone = button.evaluate(COPY)
+    assert alone["texts"] == ["rock"]
+    assert alone["size"][0] == all_of_them["size"][0]
+    assert alone["size"][1] < all_of_them["size"][1]
+
+
+def test_names_below_a_copied_picture_are_apart_and_inside_it(viewer):
+    picture, below, texts = viewer.page.evaluate(
+        """async () => {
+            const { withNames } = await import("/extensions/concept-attention/names.mjs");
+            const picture = document.createElement("canvas");
+            [picture.width, picture.height] = [200, 100];
+            const { fillText } = CanvasRenderingContext2D.prototype;
+            const texts = [];
+            CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+                texts.push([text, x, y, x + this.measureText(text).width]);
+            };
+            const names = Array.from({ length: 40 }, (_, i) => "name ".repeat(i === 7 ? 90 : 1 + (i % 3)));
+            const copy = withNames(picture, names.map((name) => ({ name, colour: "red" })));
+            CanvasRenderingContext2D.prototype.fillText = fillText;
+            return [[200, 100], [copy.width, copy.height], texts];
+        }"""
+    )
+    assert below[0] == picture[0]
+    assert len(texts) == 40
+    assert texts[7][0].endswith("…")
+    for _, left, middle, right in texts:
+        assert 0 < left < right <= below[0]
+        assert picture[1] + 5 < middle < below[1] - 5
+    for (_, _, middle, right), (_, left, next_middle, _) in itertools.pairwise(texts):
+        assert next_middle >= middle + 11 or (next_middle == middle and left > right)
+
+
 @pytest.mark.parametrize("count", [2, 60])
 def test_an_outline_runs_through_every_cell_where_a_map_crosses_the_threshold(viewer, count):
     crossed, traced = viewer.page.evaluate(
