@@ -417,6 +417,8 @@ class _Hooks:
         stream = observer.stream(text, concepts=observer.tokens_on(x.device), layers=self._layers)
         self._followed.append((chunk, grid, stream))
 
+    # A block that another node compiled by itself would take the hooks into its graph.
+    @torch.compiler.disable
     def before_attention(self, q, k, v, pe=None, attn_mask=None, extra_options=None):
         if extra_options.get("block_type") == "double" and self.active:
             with self.failing_quietly():
@@ -434,6 +436,7 @@ class _Hooks:
             pe = pe[chunk.rows if len(pe) > 1 else slice(None), :, patches]
         return self._observer.family.rotate(keys, pe)
 
+    @torch.compiler.disable
     def after_attention(self, out, extra_options):
         if extra_options.get("block_type") == "double" and self.active:
             with self.failing_quietly():
