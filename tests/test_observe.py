@@ -1174,6 +1174,24 @@ def test_a_compiled_model_is_recorded_and_stays_usable(compile_model):
     torch._dynamo.reset()
 
 
+def test_observing_has_no_block_compiled_again():
+    torch._dynamo.reset()
+    model, compiled_graphs = random_flux(depth=1), []
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph
+
+    compiled, name = model.clone(), "diffusion_model.double_blocks.0"
+    compiled.add_object_patch(name, torch.compile(model.get_model_object(name), backend=backend))
+    before = sample(compiled)
+    count = len(compiled_graphs)
+    assert count > 0
+    assert torch.equal(sample(observed(compiled)), before)
+    assert len(compiled_graphs) == count
+    torch._dynamo.reset()
+
+
 def test_a_model_in_bfloat16_gives_nearly_the_same_scores():
     """bfloat16 keeps 8 bits: each of the few dozen roundings on the way to a score is off by up to 1/512."""
     full = random_flux()
