@@ -67,8 +67,10 @@ def _beside(python: str | Path, command: str) -> str:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Paint with the bundled model: picture, heatmaps, overlays and masks in out/."""
-    session.run(_python(session), "demo/run.py", *session.posargs, external=True)
+    """Paint with the bundled model: picture, heatmaps, overlays and masks in out/. With ``-- --serve``: leave
+    it running for a browser, until Ctrl-C."""
+    # Long enough for ComfyUI to end.
+    session.run(_python(session), "demo/run.py", *session.posargs, external=True, interrupt_timeout=15)
 
 
 @nox.session
