@@ -21,9 +21,7 @@ def server(tmp_path_factory) -> Iterator[comfyui_setup.Server]:
 @pytest.fixture(scope="module")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="the pages are tested with playwright")
-    import chromium
-
-    path = chromium.find()
+    path = pytest.importorskip("chromium").find()
     if path is None:
         pytest.skip("no Chromium: install it, or set CHROMIUM to its path")
     with sync_api.sync_playwright() as playwright:
