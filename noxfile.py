@@ -1,7 +1,8 @@
-"""``nox -s demo`` paints with the bundled model in a real ComfyUI; ``nox -s tests`` is what CI checks.
+"""``nox -s demo`` paints with the bundled model in a real ComfyUI; ``nox -s tests`` is what CI checks;
+``nox -s tests-newest`` checks it on the newest PyTorch.
 
-Both run in one environment, with the ComfyUI that demo/comfyui.py finds or installs. With
-``nox --no-venv`` they run in the current environment and install nothing.
+The first two run in one environment, with the ComfyUI that demo/comfyui.py finds or installs. With
+``nox --no-venv`` all run in the current environment and install nothing.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ sys.path.insert(0, str(ROOT / "demo"))
 import comfyui  # noqa: E402
 
 ENVIRONMENT = comfyui.FOLDER / f"python-{sys.version_info.major}.{sys.version_info.minor}"
+NEWEST = comfyui.FOLDER / f"{ENVIRONMENT.name}-newest"
 
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 
-def _python(session: nox.Session) -> str:
+def _python(session: nox.Session, environment: Path = ENVIRONMENT) -> str:
     """The Python to run with, COMFYUI_PATH set and everything installed that is missing."""
     own_environment = session.virtualenv.venv_backend != "none"
     if own_environment:
-        python = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         if not python.exists():
-            session.run(sys.executable, "-m", "venv", str(ENVIRONMENT), external=True)
+            session.run(sys.executable, "-m", "venv", str(environment), external=True)
     else:
         python = Path(sys.executable)
     try:
@@ -39,23 +41,28 @@ def _python(session: nox.Session) -> str:
         session.error(str(error))
     session.env["COMFYUI_PATH"] = str(path)
     if own_environment:
-        _install(session, python, path)
+        _install(session, python, path, environment)
     return str(python)
 
 
-def _install(session: nox.Session, python: Path, path: Path) -> None:
-    """pip and npm run again only when a list of requirements has changed."""
+def _install(session: nox.Session, python: Path, path: Path, environment: Path) -> None:
+    """pip and npm run again only when a list of requirements has changed, or for the newest PyTorch."""
     needed = nox.project.load_toml(ROOT / "pyproject.toml")
     own = [*needed["project"]["dependencies"], *needed["dependency-groups"]["dev"]]
     requirements = path / "requirements.txt"
     lock = (ROOT / "package-lock.json").read_text()
     state = hashlib.sha256(repr((comfyui.TORCH, own, requirements.read_text(), lock)).encode()).hexdigest()
-    stamp = ENVIRONMENT / "installed"
-    if stamp.exists() and stamp.read_text() == state and (ROOT / "node_modules").exists():
-        return
+    stamp = environment / "installed"
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    session.run(*pip, *comfyui.TORCH, "-r", str(requirements), *own, external=True)
-    session.run(_beside(python, "npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund", external=True)
+    if environment == NEWEST:
+        torch = ["--upgrade", *(pinned.partition("==")[0] for pinned in comfyui.TORCH)]
+    elif stamp.exists() and stamp.read_text() == state and (ROOT / "node_modules").exists():
+        return
+    else:
+        torch = comfyui.TORCH
+    session.run(*pip, *torch, "-r", str(requirements), *own, external=True)
+    npm = [_beside(python, "npm"), "ci", "--omit=optional", "--ignore-scripts", "--no-audit", "--no-fund"]
+    session.run(*npm, external=True)
     stamp.write_text(state)
 
 
@@ -66,8 +73,10 @@ def _beside(python: str | Path, command: str) -> str:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Paint with the bundled model: picture, heatmaps, overlays and masks in out/."""
-    session.run(_python(session), "demo/run.py", *session.posargs, external=True)
+    """Paint with the bundled model: picture, heatmaps, overlays and masks in out/. With ``-- --serve``: leave
+    it running for a browser, until Ctrl-C."""
+    # Long enough for ComfyUI to end.
+    session.run(_python(session), "demo/run.py", *session.posargs, external=True, interrupt_timeout=15)
 
 
 @nox.session
@@ -77,4 +86,17 @@ def tests(session: nox.Session) -> None:
     session.run(python, "-m", "ruff", "check", ".", external=True)
     session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
     session.run(_beside(python, "node"), "node_modules/typescript/bin/tsc", external=True)
+    _test(session, python)
+
+
+@nox.session(name="tests-newest")
+def tests_newest(session: nox.Session) -> None:
+    """The tests on the newest PyTorch that pip finds, in an environment of its own."""
+    _test(session, _python(session, NEWEST))
+
+
+def _test(session: nox.Session, python: str) -> None:
+    if session.virtualenv.venv_backend != "none":
+        # Without a browser, its tests are skipped.
+        session.run(python, "demo/chromium.py", external=True, success_codes=(0, 1))
     session.run(python, "-m", "pytest", *session.posargs, external=True)

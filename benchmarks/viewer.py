@@ -21,6 +21,7 @@ from playwright.sync_api import Page, sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
 
+import chromium  # noqa: E402
 import comfyui  # noqa: E402
 
 PACK = ROOT / "tests" / "browser" / "pack"
@@ -80,12 +81,12 @@ def main() -> None:
     path = comfyui.find()
     if path is None:
         sys.exit(f"No ComfyUI was found. {comfyui.HELP}")
+    browser_path = chromium.find()
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         shutil.copytree(PACK, Path(folder, "custom_nodes", "made-up"))
         with comfyui.Server(path, Path(folder)) as server:
             server.post("/settings/Comfy.TutorialCompleted", True)
-            chromium = shutil.which("chromium")
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
             for nodes_2 in (False, True):
                 server.post("/settings/Comfy.VueNodes.Enabled", nodes_2)
                 page = browser.new_page(viewport={"width": 1400, "height": 1000})

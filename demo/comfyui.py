@@ -177,6 +177,11 @@ class Server:
             self._process.kill()
         self._output.close()
 
+    def wait(self) -> None:
+        """Until it stops by itself, which is an error."""
+        self._process.wait()
+        raise RuntimeError(f"ComfyUI stopped:\n{self._tail()}")
+
     def _tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
 

@@ -1,4 +1,5 @@
-"""Runs the example workflow with the demo model in a real ComfyUI on the CPU and writes its pictures."""
+"""Runs the example workflow with the demo model in a real ComfyUI on the CPU and writes its pictures, or
+leaves that ComfyUI running for your browser."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 import comfyui
 import workflow
+from serve import OPENED, WORKFLOWS, serve
 
 sys.path.insert(0, str(comfyui.ROOT))
 from core.concepts import split_names
 
-WORKFLOW = comfyui.ROOT / "example_workflows" / "concept_mask_to_inpaint.json"
+WORKFLOW = "concept_mask_to_inpaint"
 PROMPT = "a boat and a red mushroom on the water under the sky"
 CONCEPTS = "mushroom, boat, water, sky"
 INTO = "house"
@@ -35,33 +37,40 @@ def main() -> None:
     parser.add_argument("--into", metavar="THING", default=INTO, help="what to repaint it into (%(default)s)")
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--out", type=Path, default=comfyui.ROOT / "out", help="folder (%(default)s)")
+    parser.add_argument("--serve", action="store_true", help="leave ComfyUI running for your browser")
     args = parser.parse_args()
     try:
-        run(args)
+        path = comfyui.find()
+        if path is None:
+            raise RuntimeError(f"No ComfyUI was found. {comfyui.HELP}")
+        for file in (*comfyui.MODELS.values(), comfyui.TEXT_ENCODER):
+            if not file.exists():
+                raise RuntimeError(f"{file} is missing. Check out the repository again.")
+        folder = comfyui.FOLDER / "demo-server"
+        folder.mkdir(parents=True, exist_ok=True)
+        server = comfyui.Server(path, folder)
+        scene = asked_for(args)
+        if args.serve:
+            looks_only = {title: scene[title] for title in ("Prompt", "Concept Attention", "KSampler")}
+            serve(server, {WORKFLOW: scene, OPENED: looks_only})
+        else:
+            run(server, args, scene)
     except RuntimeError as error:
         sys.exit(str(error))
 
 
-def run(args: argparse.Namespace) -> None:
-    path = comfyui.find()
-    if path is None:
-        raise RuntimeError(f"No ComfyUI was found. {comfyui.HELP}")
-    for file in (*comfyui.MODELS.values(), comfyui.TEXT_ENCODER):
-        if not file.exists():
-            raise RuntimeError(f"{file} is missing. Check out the repository again.")
+def run(server: comfyui.Server, args: argparse.Namespace, scene: workflow.Scene) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    folder = comfyui.FOLDER / "demo-server"
-    folder.mkdir(parents=True, exist_ok=True)
     names = split_names(args.concepts)
-    repainted = args.repaint or (names[0] if names else "")
+    repainted = scene["Concept Mask"]["concept"]
 
     start = time.monotonic()
     with ExitStack() as stack:
         with timed("ComfyUI started"):
-            server = stack.enter_context(comfyui.Server(path, folder))
-        content = workflow.swap(json.loads(WORKFLOW.read_text("utf-8")))
+            stack.enter_context(server)
+        content = workflow.swap(json.loads((WORKFLOWS / f"{WORKFLOW}.json").read_text("utf-8")))
         graph = workflow.to_api(content, server.get("/object_info"))
-        fill_in(graph, args.prompt, args.concepts, repainted, args.into, args.seed)
+        workflow.set_scene(graph, scene)
         add_every_concept(graph)
 
         with timed("picture painted"):
@@ -89,15 +98,20 @@ def run(args: argparse.Namespace) -> None:
     print(f"{time.monotonic() - start:6.1f} s  in all\n{args.out}: contact_sheet.png and what it shows")
 
 
-def fill_in(graph: workflow.Graph, prompt: str, concepts: str, repainted: str, into: str, seed: int) -> None:
-    """Write texts and seed into the example workflow."""
-    workflow.inputs(graph, "Prompt")["text"] = prompt
-    workflow.inputs(graph, "Concept Attention")["concepts"] = concepts
-    workflow.inputs(graph, "Concept Mask")["concept"] = repainted
-    new_prompt, count = re.subn(rf"\b{re.escape(repainted)}\b", lambda _: into, prompt, flags=re.IGNORECASE)
-    workflow.inputs(graph, "Repaint prompt")["text"] = new_prompt if count else f"{into}, {prompt}"
-    for sampler in ("KSampler", "KSampler (repaint)"):
-        workflow.inputs(graph, sampler)["seed"] = seed
+def asked_for(args: argparse.Namespace) -> workflow.Scene:
+    """The texts and the seed of the example workflow."""
+    names = split_names(args.concepts)
+    repainted = args.repaint or (names[0] if names else "")
+    word = rf"\b{re.escape(repainted)}\b"
+    new_prompt, count = re.subn(word, lambda _: args.into, args.prompt, flags=re.IGNORECASE)
+    return {
+        "Prompt": {"text": args.prompt},
+        "Concept Attention": {"concepts": args.concepts},
+        "Concept Mask": {"concept": repainted},
+        "Repaint prompt": {"text": new_prompt if count else f"{args.into}, {args.prompt}"},
+        "KSampler": {"seed": args.seed},
+        "KSampler (repaint)": {"seed": args.seed},
+    }
 
 
 def add_every_concept(graph: workflow.Graph) -> None:

@@ -51,7 +51,7 @@ def main() -> None:
         for name in TILES:
             content = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
             graph = workflow.to_api(workflow.swap(content), definitions)
-            workflow.set_scene(graph, name)
+            workflow.set_scene(graph, workflow.SCENES[name])
             if name == "concept_existing_image":
                 workflow.inputs(graph, "Concept Segmentation")["legend"] = False
             thumbnail(server, graph, name).save(FOLDER / f"{name}.jpg", quality=85, optimize=True)

@@ -15,6 +15,7 @@ NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 
 Graph = dict[str, dict]
+Scene = dict[str, dict]  # what is asked for: inputs by name, by the title of their node
 
 _READINGS = ("early layers", "late layers", "early steps", "late steps")
 _HOUSE = {
@@ -25,8 +26,8 @@ _MUSHROOM = {
     "Prompt": {"text": "a red mushroom on the grass under the sky"},
     "Concept Attention": {"concepts": "mushroom, grass, sky"},
 }
-# What the demo model is asked for in each example workflow: file, node title, inputs.
-SCENES: dict[str, dict[str, dict]] = {
+# What the demo model is asked for in each example workflow, by the name of its file.
+SCENES: dict[str, Scene] = {
     "concept_saliency": {
         "Prompt": {"text": "a boat on the water under the sky"},
         "Concept Attention": {"concepts": "boat, water, sky"},
@@ -90,7 +91,7 @@ SCENES: dict[str, dict[str, dict]] = {
 
 def swap(workflow: dict) -> dict:
     """A workflow file with the demo's model, text encoder, VAE, guidance and image size in place of
-    Flux.1's; margins of masks shrink with the picture.
+    Flux.1's; margins of masks shrink with the picture. What it says of loading Flux.1 is left out.
 
     There is no Fill model among the demo's. In its place comes the demo model itself, which does not see
     what InpaintModelConditioning adds for a Fill model, the picture without what is to be repainted; the
@@ -98,6 +99,9 @@ def swap(workflow: dict) -> dict:
     """
     workflow = copy.deepcopy(workflow)
     nodes = {node["id"]: node for node in workflow["nodes"]}
+    for group in workflow["groups"]:
+        if group["title"].startswith("Load Flux.1"):
+            group["title"] = "Load the demo model"
     (encoder,) = (node for node in nodes.values() if node["type"] == "DualCLIPLoader")
     for node in nodes.values():
         kind, values = node["type"], node["widgets_values"]
@@ -108,6 +112,9 @@ def swap(workflow: dict) -> dict:
             values[0] = comfyui.model_name("vae")
         elif kind == "DualCLIPLoader":
             node["type"], node["widgets_values"] = "ConceptDemoTextEncoder", []
+        elif kind in NOTES:
+            paragraphs = values[0].split("\n\n")
+            values[0] = "\n\n".join(p for p in paragraphs if not p.startswith("**Other models**"))
         elif kind == "EmptySD3LatentImage":
             values[:2] = [SIZE, SIZE]
         elif kind == "KSampler":
@@ -145,33 +152,39 @@ def to_api(workflow: dict, definitions: dict[str, dict]) -> Graph:
             continue
         if kind not in definitions:
             raise ValueError(f"This ComfyUI has no node {kind}.")
-        values = iter(node.get("widgets_values", ()))
-        inputs = dict(_widget_values(kind, definitions[kind]["input"], values))
-        if left := list(values):
+        values = enumerate(node.get("widgets_values", ()))
+        inputs = {name: value for name, _, value in _widgets(kind, definitions[kind]["input"], values)}
+        if left := [value for _, value in values]:
             raise ValueError(f"The workflow has more values for {kind} than it has widgets: {left}.")
         for slot in node["inputs"]:
             if slot["link"] is not None:
                 inputs[slot["name"]] = links[slot["link"]]
-        title = node.get("title") or definitions[kind]["display_name"] or kind
-        graph[str(node["id"])] = {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
+        meta = {"title": _title(node, definitions)}
+        graph[str(node["id"])] = {"class_type": kind, "inputs": inputs, "_meta": meta}
     return graph
 
 
-def _widget_values(
-    kind: str, inputs: dict, values: Iterator, prefix: str = ""
-) -> Iterator[tuple[str, object]]:
+def _title(node: dict, definitions: dict[str, dict]) -> str:
+    kind = node["type"]
+    return node.get("title") or definitions[kind]["display_name"] or kind
+
+
+def _widgets(
+    kind: str, inputs: dict, values: Iterator[tuple[int, object]], prefix: str = ""
+) -> Iterator[tuple[str, int, object]]:
+    """Name, place and value of each widget that is an input of the node, from its values by place."""
     for name, (type_, *rest) in {**inputs.get("required", {}), **inputs.get("optional", {})}.items():
         options = rest[0] if rest else {}
         if not (isinstance(type_, list) or type_ in WIDGETS) or options.get("forceInput"):
             continue
         try:
-            value = next(values)
+            place, value = next(values)
         except StopIteration:
             raise ValueError(f"The workflow has no value for {prefix}{name} of {kind}.") from None
-        yield prefix + name, value
+        yield prefix + name, place, value
         if type_ == "COMFY_DYNAMICCOMBO_V3":
             (option,) = (o for o in options["options"] if o["key"] == value)
-            yield from _widget_values(kind, option["inputs"], values, f"{prefix}{name}.")
+            yield from _widgets(kind, option["inputs"], values, f"{prefix}{name}.")
         # A widget beside it: the upload button, or what becomes of a seed.
         elif options.get("image_upload") or (
             type_ == "INT" and options.get("control_after_generate", name in ("seed", "noise_seed"))
@@ -179,10 +192,31 @@ def _widget_values(
             next(values)
 
 
-def set_scene(graph: Graph, name: str) -> None:
-    """Ask for what the demo model paints in the example workflow of this name."""
-    for title, values in SCENES[name].items():
+def set_scene(graph: Graph, scene: Scene) -> None:
+    for title, values in scene.items():
         inputs(graph, title).update(values)
+
+
+def with_scene(workflow: dict, scene: Scene, definitions: dict[str, dict]) -> dict:
+    """A workflow file with these inputs in the widgets of its nodes.
+
+    Raises:
+        ValueError: a node or a widget of it is not there.
+    """
+    workflow = copy.deepcopy(workflow)
+    missing = {(title, name) for title, values in scene.items() for name in values}
+    for node in workflow["nodes"]:
+        kind = node["type"]
+        if kind in NOTES:
+            continue
+        title, values = _title(node, definitions), node.get("widgets_values", [])
+        for name, place, _ in list(_widgets(kind, definitions[kind]["input"], enumerate(values))):
+            if name in scene.get(title, {}):
+                values[place] = scene[title][name]
+                missing.discard((title, name))
+    if missing:
+        raise ValueError(f"The workflow has no widgets {sorted(missing)}.")
+    return workflow
 
 
 def find(graph: Graph, title: str) -> str:

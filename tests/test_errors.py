@@ -152,8 +152,7 @@ def patcher(diffusion_model: torch.nn.Module) -> ModelPatcher:
 
 UNSUPPORTED = {
     "SD1.5": (unet, "openaimodel.UNetModel"),
-    "Flux.2": (lambda: flux(patch_size=1, global_modulation=True, vec_in_dim=None), "flux.model.Flux"),
-    "LongCat-Image": (lambda: flux(txt_ids_dims=[1, 2]), "flux.model.Flux"),
+    "another model of Flux's class": (lambda: flux(patch_size=4), "flux.model.Flux"),
 }
 
 

@@ -28,18 +28,20 @@ def block_by_block(model: ModelPatcher) -> ModelPatcher:
     return compiled
 
 
-def by_an_object_patch(model: ModelPatcher) -> ModelPatcher:
-    """As nodes did before ComfyUI had a function for it."""
-    compiled, name = model.clone(), "diffusion_model.double_blocks.0"
-    block = getattr(model.get_model_object(name), "_orig_mod", model.get_model_object(name))
-    compiled.add_object_patch(name, torch.compile(block, backend="eager"))
+def by_object_patches(model: ModelPatcher) -> ModelPatcher:
+    """As nodes did before ComfyUI had a function for it: each block by itself, no trace in the options."""
+    compiled = model.clone()
+    for layer in range(2):
+        name = f"diffusion_model.double_blocks.{layer}"
+        block = getattr(model.get_model_object(name), "_orig_mod", model.get_model_object(name))
+        compiled.add_object_patch(name, torch.compile(block, backend="eager"))
     return compiled
 
 
-@pytest.mark.parametrize("compile_model", [by_the_stock_node, block_by_block, by_an_object_patch])
+@pytest.mark.parametrize("compile_model", [by_the_stock_node, block_by_block, by_object_patches])
 def test_a_compiled_model_is_recorded_and_stays_usable(compile_model):
     torch._dynamo.reset()
-    model = random_flux(depth=1)
+    model = random_flux(depth=2)
     expected = recording(sample(observed(model), steps=2))
     compiled = compile_model(model)
     runs = [
@@ -53,4 +55,22 @@ def test_a_compiled_model_is_recorded_and_stays_usable(compile_model):
     for run in (runs[0], runs[1], runs[3]):
         for found, scores in zip(recording(run).scores["output"], expected.scores["output"], strict=True):
             assert relative(found, scores) <= TOLERANCE
+    torch._dynamo.reset()
+
+
+def test_observing_has_no_block_compiled_again():
+    torch._dynamo.reset()
+    model, compiled_graphs = random_flux(depth=1), []
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph
+
+    compiled, name = model.clone(), "diffusion_model.double_blocks.0"
+    compiled.add_object_patch(name, torch.compile(model.get_model_object(name), backend=backend))
+    before = sample(compiled)
+    count = len(compiled_graphs)
+    assert count > 0
+    assert torch.equal(sample(observed(compiled)), before)
+    assert len(compiled_graphs) == count
     torch._dynamo.reset()

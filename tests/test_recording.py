@@ -110,7 +110,7 @@ def test_a_run_without_a_step_and_one_past_the_wrappers_have_reasons_of_their_ow
 
 def test_an_image_that_is_no_number_anywhere_is_broken_as_a_whole():
     passes = [a_pass(1.0, batch=slice(0, 3), rows=3), a_pass(2.0, batch=slice(0, 3), rows=3)]
-    passes[1].scores["output"][2, 1, 0, 1, 1] = torch.inf
+    passes[1].scores["output"][2, 1, 0, 0, 1, 1] = torch.inf
     found = finish(*[[each] for each in passes], batch=3, sigmas=[1.0, 0.75])
     assert found.broken == {1: (1, 2)}
     for scores, value in zip(found.scores["output"], (1.0, 2.0), strict=True):

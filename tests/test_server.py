@@ -70,7 +70,7 @@ def shown(server, definitions):
 def _example(definitions: dict, name: str) -> workflow.Graph:
     content = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
     graph = workflow.to_api(workflow.swap(content), definitions)
-    workflow.set_scene(graph, name)
+    workflow.set_scene(graph, workflow.SCENES[name])
     for node in graph.values():
         inputs = node["inputs"]
         if node["class_type"] in ("KSampler", "KSamplerAdvanced"):
@@ -188,6 +188,19 @@ def test_the_swap_onto_the_demo_model_keeps_what_the_workflow_shows(definitions)
     assert len(swapped["nodes"]) == len(content["nodes"])
     inputs = workflow.inputs(workflow.to_api(swapped, definitions), "Concept Mask")
     assert (inputs["method.threshold"], inputs["grow"], inputs["feather"]) == (0.25, 6, 3.0)
+
+
+@pytest.mark.parametrize("name", sorted(set(workflow.SCENES) - {"concept_to_sam3"}))
+def test_a_scene_in_a_workflow_file_is_that_of_its_graph(definitions, name):
+    """So the demo's server offers what the demo paints."""
+    content, scene = json.loads((FOLDER / f"{name}.json").read_text("utf-8")), workflow.SCENES[name]
+    before = json.dumps(content)
+    graph = workflow.to_api(content, definitions)
+    workflow.set_scene(graph, scene)
+    assert workflow.to_api(workflow.with_scene(content, scene, definitions), definitions) == graph
+    assert json.dumps(content) == before
+    with pytest.raises(ValueError, match=r"no widgets \[\('Prompt', 'words'\)\]"):
+        workflow.with_scene(content, {"Prompt": {"words": "none"}}, definitions)
 
 
 @pytest.mark.parametrize("name", sorted(set(workflow.SCENES) - {"concept_to_sam3"}))

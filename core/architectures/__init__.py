@@ -14,6 +14,7 @@ from functools import cache
 from torch import nn
 
 from .family import Family, JointFamily
+from .unreadable import UNREADABLE
 
 __all__ = ["Family", "JointFamily", "families", "family_of"]
 
@@ -30,13 +31,15 @@ def family_of(model: nn.Module) -> Family:
     """The family of a diffusion model (``ModelPatcher.model.diffusion_model``).
 
     Raises:
-        ValueError: no family has it, or what stands in its place says why it cannot be read.
+        ValueError: no family has it.
     """
     for family in families():
         if family.matches(model):
             return family
+    supported = f"Supported: {', '.join(family.name for family in families())}."
     kind = type(model)
-    raise ValueError(
-        f"Concept Attention does not support this model ({kind.__module__}.{kind.__name__}). "
-        f"Supported: {', '.join(family.name for family in families())}."
-    )
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    if path.removeprefix("comfy.ldm.") in UNREADABLE:
+        name, reason = UNREADABLE[path.removeprefix("comfy.ldm.")]
+        raise ValueError(f"Concept Attention cannot read {name}: {reason}. {supported}")
+    raise ValueError(f"Concept Attention does not support this model ({path}). {supported}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from ..geometry import Patch
@@ -24,6 +27,11 @@ class Mochi(JointFamily):
 
     def patch(self, model: nn.Module) -> Patch:
         return Patch(1, model.patch_size, model.patch_size)
+
+    def alone(self, model: nn.Module, arguments: dict[str, Any], context: Tensor) -> dict[str, Any]:
+        """Mochi pools its text by the mask, which it does not do without."""
+        whole = context.new_ones(context.shape[:2], dtype=torch.bool)
+        return {**super().alone(model, arguments, context), "attention_mask": whole}
 
     def text(self, call: BlockCall) -> Tensor:
         return call["y"]

@@ -208,7 +208,8 @@ class _Observer:
             return executor(x, timestep, model_options, seed)
 
         guider = executor.class_obj
-        patch = self.family.patch(guider.model_patcher.get_model_object("diffusion_model"))
+        model = guider.model_patcher.get_model_object("diffusion_model")
+        patch = self.family.patch(model)
 
         def disarm(args):
             evaluation.armed = False
@@ -221,7 +222,7 @@ class _Observer:
         }
         options["sampler_pre_cfg_function"] = [disarm, *options.get("sampler_pre_cfg_function", [])]
         try:
-            with _eager(options):
+            with _eager(options, model):
                 out = executor(x, timestep, options, seed)
         finally:
             evaluation.armed = False
@@ -366,11 +367,12 @@ def _to_cpu(scores: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Ev
     return copies, copied
 
 
-def _eager(model_options: dict):
-    """torch.compile would capture the hooks of one call for all, or none at all: observed evaluations of
-    a compiled model run eagerly."""
+def _eager(model_options: dict, model: nn.Module):
+    """torch.compile would capture the hooks of one call for all, or none at all, or compile anew for every
+    call: observed evaluations of a compiled model, or of one with compiled blocks, run eagerly."""
     wrappers = model_options["transformer_options"].get("wrappers", {})
     compiled = "torch.compile" in wrappers.get(WrappersMP.APPLY_MODEL, {})
+    compiled = compiled or any(isinstance(m, torch._dynamo.OptimizedModule) for m in model.modules())
     if compiled or model_options.get("torch_compile_kwargs"):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
