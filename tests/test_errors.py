@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import comfy.ldm.flux.model
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
 import comfy.ops
@@ -13,6 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 import nodes
+from concept_attention.core.architectures.unreadable import UNREADABLE
 from concept_attention.nodes.concept_attention import ConceptAttention
 from concept_attention.nodes.concept_mask import ConceptMask
 from concept_attention.nodes.concept_saliency import ConceptSaliency
@@ -161,7 +164,17 @@ def test_an_unsupported_model_is_named_with_those_that_are_supported(clip, name)
     build, kind = UNSUPPORTED[name]
     with pytest.raises(ValueError, match="does not support this model") as error:
         attend(patcher(build()), clip)
-    says(error, kind, "Supported: Flux.1")
+    says(error, kind, "Supported: ", "Flux.1", "Z-Image")
+
+
+@pytest.mark.parametrize("path", UNREADABLE)
+def test_a_model_that_cannot_be_read_is_named_with_what_stands_in_the_way(clip, path):
+    module, name = path.rsplit(".", 1)
+    model = type(name, (torch.nn.Module,), {"__module__": f"comfy.ldm.{module}"})()
+    with pytest.raises(ValueError, match=f"cannot read {UNREADABLE[path][0]}: ") as error:
+        attend(patcher(model), clip)
+    says(error, UNREADABLE[path][1], "Supported: ")
+    assert isinstance(getattr(importlib.import_module(f"comfy.ldm.{module}"), name), type)
 
 
 @pytest.mark.parametrize("concepts", ["", "  ", ",\n ,\r\n"])
