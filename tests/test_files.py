@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import fields
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +107,104 @@ def test_a_file_that_does_not_fit_together_is_an_error_that_names_it(tmp_path, c
     save_maps(made(), path)
     with pytest.raises(ValueError, match=r'"mine\.safetensors"'):
         load_maps(rewritten(path, change))
+
+
+def put(*path: str, value) -> Callable:
+    """Another value in the description."""
+
+    def change(tensors: dict, described: dict) -> None:
+        for key in path[:-1]:
+            described = described[key]
+        described[path[-1]] = value
+
+    return change
+
+
+def fill(name: str, value: float) -> Callable:
+    """A single value of a tensor."""
+    return lambda tensors, described: tensors[name].view(-1)[0].fill_(value)
+
+
+# What a stranger's file may say, of a picture of 64 x 96, and a part of the answer.
+HOSTILE = [
+    (put("image_size", value=[16000, 16000]), "16000 x 16000 pixels is larger than .* 8192 x 8192"),
+    (put("image_size", value=[4096, 6144]), "image_size: .*4096, 6144.* 4 x 6"),
+    (put("image_size", value=[64, 64]), "image_size: .*64, 64.* 4 x 6"),
+    (put("image_size", value=[0, 0]), "image_size"),
+    (put("image_size", value=[-64, -96]), "image_size: .*-64"),
+    (put("image_size", value=["64", "96"]), "image_size: .*'64'"),
+    (put("image_size", value=[64.0, 96.0]), "image_size: .*64.0"),
+    (put("image_size", value=[64, 96, 1]), "image_size: .*a height and a width"),
+    (put("image_size", value={"height": 64}), "image_size"),
+    (put("coverage", value=[1e-9, 1]), "coverage: .*1e-09"),
+    (put("coverage", value=[0.7, 1]), "coverage: .*0.7"),
+    (put("coverage", value=[1, 2]), "coverage: .*2"),
+    (put("coverage", value=[1, math.nan]), "coverage: .*nan"),
+    (put("concepts", value="cat"), "concepts: 'cat'"),
+    (put("concepts", value=["cat", 1, "dog"]), "concepts: .*1"),
+    (put("concepts", value=["cat", "Cat", "dog"]), "concepts: .*differ"),
+    (put("concepts", value=["cat", "", "dog"]), "concepts: .*''"),
+    (put("concepts", value=["cat", "dog, fox", "owl"]), "concepts: .*commas"),
+    (put("concepts", value=[f"{i}" for i in range(128)]), "number of concepts: 129, not 128"),
+    (put("background", value=None), "background: None"),
+    (put("recorded", value=[]), r"recorded: \[\]"),
+    (put("maps", value=7), "maps: 7"),
+    (put("recorded", "spaces", value=["output", "dreams"]), "spaces: .*dreams"),
+    (put("recorded", "spaces", value=[]), "spaces"),
+    (put("recorded", "layers", value=[0, 1, 2, 3, 4, 4]), "layers: .*each once"),
+    (put("recorded", "layers", value=[0, 1, 2, 3, 4, -5]), "layers: .*-5"),
+    (put("recorded", "default_layers", value=[7]), "default_layers: .*7"),
+    (put("recorded", "default_layers", value=[]), "default_layers"),
+    (put("recorded", "left_out", value="all"), "left_out: 'all'"),
+    (put("recorded", "steps", value=[0, 1, 10**30]), "steps: .*10{5}"),
+    (put("recorded", "steps", value=[0, True, 2]), "steps: .*True"),
+    (put("recorded", "sigmas", value=[1, 0.5, math.inf]), "sigmas: .*inf"),
+    (put("recorded", "sigmas", value=[1, 0.5, None]), "sigmas: .*None"),
+    (put("maps", "space", value="cross-attention"), "space: 'cross-attention'"),
+    (put("maps", "layers", value=[6]), "layers of maps: .*6"),
+    (put("maps", "steps", value=[]), "steps of maps"),
+    (put("maps", "softmax", value="no"), "softmax: 'no'"),
+    (put("maps", "temperature", value=0), "temperature: 0"),
+    (put("maps", "temperature", value=math.nan), "temperature: .*nan"),
+    (put("maps", "grounding", value="guessed"), "grounding: 'guessed'"),
+    (put("maps", "grounding", value=["paper"]), "grounding: .*paper"),
+    (fill("maps", math.nan), "range of maps: .*nan"),
+    (fill("maps", 7), "range of maps: .*7"),
+    (fill("scores.value", math.inf), "scores.value has infinite values"),
+    (lambda tensors, d: tensors.update(maps=tensors["maps"].double()), "type of maps: 'F64', not F32"),
+    (
+        lambda tensors, d: tensors.update({k: v[..., :0].clone() for k, v in tensors.items()}),
+        r"shape of maps: \[2, 4, 4, 0\]",
+    ),
+]
+
+
+@pytest.mark.parametrize("change, said", HOSTILE, ids=[said for _, said in HOSTILE])
+def test_a_file_that_claims_what_cannot_be_is_an_error_that_says_what(tmp_path, change, said):
+    path = tmp_path / "mine.safetensors"
+    save_maps(made(), path)
+    with pytest.raises(ValueError, match=rf'"mine\.safetensors" holds no concept maps .*: .*{said}'):
+        load_maps(rewritten(path, change))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"version": ' + "9" * 10_000 + "}", "\0", "7"])
+def test_a_description_that_is_no_description_is_an_error(tmp_path, text):
+    save_file({"maps": torch.zeros(1)}, tmp_path / "mine", metadata={"concept_maps": text})
+    with pytest.raises(ValueError, match='"mine" holds no concept maps that can be read') as raised:
+        load_maps(tmp_path / "mine")
+    assert len(str(raised.value)) < 500
+
+
+def test_scores_without_a_prompt_at_work_and_a_padded_edge_come_back(tmp_path):
+    made_of = recording(concepts=ODD)
+    for scores in made_of.scores["output"]:
+        scores[..., 0, 0] = torch.nan
+    made_of = replace(made_of, image_size=(56, 88), coverage=(56 / 64, 88 / 96))
+    save_maps(concept_maps(made_of), tmp_path / "maps")
+    loaded = load_maps(tmp_path / "maps")
+    assert loaded.image_size == (56, 88)
+    for ours, theirs in zip(loaded.recording.scores["output"], made_of.scores["output"], strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
 
 
 def test_a_file_of_a_later_format_is_an_error_that_says_so(tmp_path):
