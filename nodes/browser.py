@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import uuid
 import weakref
+from collections.abc import Iterator
 
 from aiohttp import web
 from server import PromptServer
+
+import nodes
 
 from ..core.drawing.live import LiveMaps, MapsSoFar
 from ..core.drawing.palette import hex_colours
@@ -17,8 +21,12 @@ from ..core.reading.maps import ConceptMaps
 
 # As long as ComfyUI keeps the maps in its cache, a viewer can ask for their layers.
 _views: weakref.WeakValueDictionary[str, ConceptMaps] = weakref.WeakValueDictionary()
-# The clients that show maps while a model samples.
+# The clients that show maps while a model samples; those that have left are forgotten with the next wish.
 _listening: set[str] = set()
+_LONGEST_WISH = 512  # bytes
+# What is made with a model, but holds none. Other packs have types of their own that may.
+_WITHOUT_A_MODEL = {"LATENT", "IMAGE", "MASK", "CONDITIONING", "CLIP", "VAE", "SIGMAS", "NOISE", "SAMPLER"}
+_WITHOUT_A_MODEL |= {"STRING", "INT", "FLOAT", "BOOLEAN", "CONCEPT_MAPS"}
 
 
 def publish(maps: ConceptMaps) -> str:
@@ -33,18 +41,20 @@ def workflow_id(extra_pnginfo: dict | None) -> str | None:
     return ((extra_pnginfo or {}).get("workflow") or {}).get("id")
 
 
-def live_maps(node_id: str) -> LiveMaps:
-    """A listener that sends the maps so far to the client whose workflow runs. They are shown by the
-    viewers that they will reach, or else by the node ``node_id``."""
+def live_maps() -> LiveMaps:
+    """A listener that sends the maps so far, and the nodes to show them, to the page whose workflow runs."""
+
+    def listening() -> bool:
+        server = getattr(PromptServer, "instance", None)
+        return server is not None and server.client_id in _listening
 
     def send(so_far: MapsSoFar) -> None:
         server = PromptServer.instance
         running, _ = server.prompt_queue.get_current_queue_volatile()
         prompt, extra_data = running[0][2:4] if running else ({}, {})
-        nodes = downstream(prompt, node_id, "ConceptViewer") or [node_id]
         message = {
             "workflow": workflow_id(extra_data.get("extra_pnginfo")),
-            "nodes": {n: prompt[n]["class_type"] for n in nodes if n in prompt},
+            "nodes": {n: prompt[n]["class_type"] for n in showing(prompt, server.last_node_id)},
             "sampler": server.last_node_id,
             "evaluations": so_far.evaluations,
             "concepts": so_far.concepts.all,
@@ -56,26 +66,58 @@ def live_maps(node_id: str) -> LiveMaps:
         }
         server.send_sync("concept_attention.maps", message, server.client_id)
 
-    return LiveMaps(send, lambda: PromptServer.instance.client_id in _listening)
+    return LiveMaps(send, listening)
 
 
-def downstream(prompt: dict, start: str, class_type: str) -> list[str]:
-    """The nodes of a class that are reached from node ``start`` of a workflow in API format."""
+def showing(prompt: dict, sampler: str) -> list[str]:
+    """The nodes of a workflow in API format that show the maps of a run of ``sampler``: the viewers that they
+    will reach; or else the nodes that had its model observed; or else itself.
+
+    They are found anew in every run. A node that ComfyUI serves from its cache was executed in another
+    workflow, or for another node that is like it, and does not know its own id.
+    """
+    if sampler not in prompt:
+        return []
+    return _reached(prompt, sampler, "ConceptViewer") or _observing(prompt, sampler) or [sampler]
+
+
+def _reached(prompt: dict, start: str, class_type: str) -> list[str]:
+    """The nodes of a class that are reached from node ``start``."""
     reached, grown = {start}, True
     while grown:
-        more = {
-            node_id
-            for node_id, node in prompt.items()
-            if any(_is_link(v) and v[0] in reached for v in node["inputs"].values())
-        }
+        more = {n for n in prompt if any(giver in reached for giver, _ in _links(prompt, n))}
         grown = not more <= reached
         reached |= more
     return [n for n in prompt if n in reached and prompt[n]["class_type"] == class_type]
 
 
-def _is_link(value: object) -> bool:
-    """Or a list that a widget holds, which ComfyUI has unwrapped by the time the workflow runs."""
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+def _observing(prompt: dict, sampler: str) -> list[str]:
+    """The Concept Attention nodes that the model of a sampler comes from. It may come inside a guider, or in
+    a bundle of a type that only another pack knows, but not inside what a model has made."""
+    reached, found = [sampler], []
+    for node_id in reached:  # also those that are added on the way
+        if prompt[node_id]["class_type"] == "ConceptAttention":
+            found.append(node_id)
+            continue
+        for giver, output in _links(prompt, node_id):
+            if giver not in reached and _may_hold_a_model(prompt[giver]["class_type"], output):
+                reached.append(giver)
+    return found
+
+
+def _may_hold_a_model(class_type: str, output: int) -> bool:
+    types = getattr(nodes.NODE_CLASS_MAPPINGS.get(class_type), "RETURN_TYPES", ())
+    # Some packs have types that are lists, or that compare as equal to all others.
+    return output >= len(types) or str(types[output]) not in _WITHOUT_A_MODEL
+
+
+def _links(prompt: dict, node_id: str) -> Iterator[tuple[str, int]]:
+    """Where the inputs of a node come from: node and output. Lists that a widget holds are none, although
+    ComfyUI has unwrapped them by the time the workflow runs."""
+    for value in prompt[node_id]["inputs"].values():
+        match value:
+            case [str(giver), int(output)] if giver in prompt:
+                yield giver, output
 
 
 def add_routes() -> None:
@@ -94,8 +136,19 @@ def add_routes() -> None:
 
     @routes.post("/concept_attention/live")
     async def live(request: web.Request) -> web.Response:
-        wish = await request.json()
-        (_listening.add if wish["on"] else _listening.discard)(wish["client_id"])
+        connected = PromptServer.instance.sockets
+        _listening.intersection_update(connected)
+        if not 0 < (request.content_length or 0) <= _LONGEST_WISH:
+            raise web.HTTPBadRequest(text=f"Say it in up to {_LONGEST_WISH} bytes of JSON.")
+        try:
+            wish = json.loads(await request.read())
+        except ValueError as error:
+            raise web.HTTPBadRequest(text=f"This is no JSON: {error}.") from error
+        match wish:
+            case {"client_id": str(client), "on": bool(on)} if client in connected:
+                (_listening.add if on else _listening.discard)(client)
+            case _:
+                raise web.HTTPBadRequest(text='Give the "client_id" of a page that is connected, and "on".')
         return web.Response()
 
 

@@ -60,7 +60,6 @@ class ConceptAttention(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -87,14 +86,13 @@ class ConceptAttention(io.ComfyNode):
             record_cross_attention,
             record_value,
         )
-        listener = live_maps(cls.hidden.unique_id) if cls.hidden else None
         observed = observe(
             model,
             recorded.concepts,
             recorded.tokens,
             layers=recorded.layers,
             spaces=recorded.spaces,
-            listener=listener,
+            listener=live_maps(),
             every=record_every,
         )
         return io.NodeOutput(observed)

@@ -12,7 +12,6 @@ from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import observe
 from concept_attention.core.observing.recording import Pass, Recorder
 from concept_attention.core.reading.maps import heatmaps
-from concept_attention.nodes.browser import downstream
 from tiny_flux import CONCEPTS, concept_tokens, random_flux, sample
 
 
@@ -139,13 +138,3 @@ def test_scores_leave_pinned_memory_as_soon_as_they_have_arrived(recorder):
     assert kept[0].scores["output"].data_ptr() != scores[0].data_ptr()
     assert kept[1].copied is on_its_way
     assert kept[1].scores["output"].data_ptr() == scores[1].data_ptr()
-
-
-def test_viewers_are_found_behind_any_widget():
-    workflow = {
-        "1": {"class_type": "ConceptAttention", "inputs": {"model": ["9", 0]}},
-        "2": {"class_type": "KSampler", "inputs": {"model": ["1", 0], "points": [[1, 2], [3, 4]], "no": []}},
-        "3": {"class_type": "ConceptViewer", "inputs": {"maps": ["2", 0], "pair": [1, 2]}},
-        "4": {"class_type": "ConceptViewer", "inputs": {"maps": ["8", 0]}},
-    }
-    assert downstream(workflow, "1", "ConceptViewer") == ["3"]

@@ -7,8 +7,10 @@ import functools
 import io
 import json
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import aiohttp
 import numpy as np
 import pytest
 from PIL import Image
@@ -378,6 +380,51 @@ def test_other_layers_need_no_sampling(server, graph):
     assert {"Concept Attention", "KSampler"} <= after.cached
     assert "Concept Saliency" not in after.cached
     assert not np.array_equal(after["Heatmaps"], before)
+
+
+async def _live(server: comfyui.Server, graph: workflow.Graph, target: str) -> list[dict[str, str]]:
+    """The nodes that a page is told to show maps on, each time, while it runs a workflow."""
+    page = uuid.uuid4().hex
+    wish = {"client_id": page, "on": True}
+    run = {"client_id": page, "prompt": graph, "partial_execution_targets": [target]}
+    async with (
+        aiohttp.ClientSession(server.url) as session,
+        session.ws_connect("/ws", params={"clientId": page}) as events,
+    ):
+        await events.receive()
+        await session.post("/concept_attention/live", json=wish, raise_for_status=True)
+        await session.post("/prompt", json=run, raise_for_status=True)
+        shown, kind = [], ""
+        while kind != "execution_success":
+            event = await events.receive()
+            message = event.json() if event.type is aiohttp.WSMsgType.TEXT else {}
+            kind = message.get("type")
+            assert kind != "execution_error", message
+            if kind == "concept_attention.maps":
+                shown.append(message["data"]["nodes"])
+        return shown
+
+
+def _renumbered(graph: workflow.Graph, new: dict[str, str]) -> workflow.Graph:
+    text = json.dumps({new.get(number, number): node for number, node in graph.items()})
+    for old, number in new.items():
+        text = text.replace(f'["{old}", ', f'["{number}", ')
+    return json.loads(text)
+
+
+def test_live_maps_go_to_the_node_of_the_workflow_that_runs_also_when_it_comes_from_the_cache(server, graph):
+    attention, loader = (workflow.find(graph, title) for title in ("Concept Attention", "Load VAE"))
+    picture = workflow.find(graph, "Picture")
+    sampler = workflow.inputs(graph, "KSampler")
+    first = asyncio.run(_live(server, graph, picture))
+    assert first
+    assert all(nodes == {attention: "ConceptAttention"} for nodes in first)
+    # In another workflow, with another node under its number; sampled again, but not observed again.
+    for moved in ({attention: "77", loader: attention}, {attention: "90:1"}):
+        sampler["seed"] += 1
+        shown = asyncio.run(_live(server, _renumbered(graph, moved), picture))
+        assert shown
+        assert all(nodes == {moved[attention]: "ConceptAttention"} for nodes in shown)
 
 
 def test_two_samplers_on_one_model_keep_their_recordings_apart(server, graph):

@@ -264,12 +264,14 @@ let wantsLive = true;
 let told = "";
 
 /** Tell the server whether to send maps while it samples. */
-function tell() {
+async function tell() {
   if (!api.clientId) return;
   const body = JSON.stringify({ client_id: api.clientId, on: wantsLive });
   if (body === told) return;
   told = body;
-  api.fetchApi("/concept_attention/live", { method: "POST", body });
+  const { ok } = await api.fetchApi("/concept_attention/live", { method: "POST", body });
+  // The next status tries again.
+  if (!ok && told === body) told = "";
 }
 
 /** Take the viewer's texts in the front end's language, where there are any. */

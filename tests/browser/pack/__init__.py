@@ -61,7 +61,6 @@ class MadeUpRun(io.ComfyNode):
                 io.Int.Input("evaluations", default=10),
             ],
             outputs=[io.Custom("CONCEPT_MAPS").Output()],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -79,7 +78,7 @@ class MadeUpRun(io.ComfyNode):
             (1.0, 1.0),
         )
         package = core("observing.recording").__name__.rsplit(".core.", 1)[0]
-        listener = importlib.import_module(f"{package}.nodes.browser").live_maps(cls.hidden.unique_id)
+        listener = importlib.import_module(f"{package}.nodes.browser").live_maps()
         for scores in made_up.scores(1, 32, 32, steps=evaluations, layers=2):
             evaluation = recorder.evaluation(torch.ones(1))
             recorder.add(
