@@ -23,7 +23,7 @@ from serve import OPENED, WORKFLOWS, serve
 sys.path.insert(0, str(comfyui.ROOT))
 from core.concepts import split_names
 
-WORKFLOW = "concept_mask_to_inpaint"
+WORKFLOW = "3. Pick a concept and repaint it"
 PROMPT = "a boat and a red mushroom on the water under the sky"
 CONCEPTS = "mushroom, boat, water, sky"
 INTO = "house"
@@ -62,7 +62,7 @@ def main() -> None:
 def run(server: comfyui.Server, args: argparse.Namespace, scene: workflow.Scene) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     names = split_names(args.concepts)
-    repainted = scene["Concept Mask"]["concept"]
+    repainted = scene["Concept Viewer"]["concept"]
 
     start = time.monotonic()
     with ExitStack() as stack:
@@ -70,7 +70,11 @@ def run(server: comfyui.Server, args: argparse.Namespace, scene: workflow.Scene)
             stack.enter_context(server)
         content = workflow.swap(json.loads((WORKFLOWS / f"{WORKFLOW}.json").read_text("utf-8")))
         graph = workflow.to_api(content, server.get("/object_info"))
+        workflow.add_previews(graph)
         workflow.set_scene(graph, scene)
+        mask = workflow.inputs(graph, "Concept Mask")  # asked for, not picked in the viewer
+        mask.update(concept=repainted, method="argmax")
+        del mask["method.threshold"]
         add_every_concept(graph)
 
         with timed("picture painted"):
@@ -107,7 +111,7 @@ def asked_for(args: argparse.Namespace) -> workflow.Scene:
     return {
         "Prompt": {"text": args.prompt},
         "Concept Attention": {"concepts": args.concepts},
-        "Concept Mask": {"concept": repainted},
+        "Concept Viewer": {"concept": repainted},
         "Repaint prompt": {"text": new_prompt if count else f"{args.into}, {args.prompt}"},
         "KSampler": {"seed": args.seed},
         "KSampler (repaint)": {"seed": args.seed},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import urllib.parse
 
@@ -11,8 +12,8 @@ import workflow
 from scenes import save_example
 
 WORKFLOWS = comfyui.ROOT / "example_workflows"
-OPENED = "concept_saliency"  # it has the viewer
-WITHOUT_MODEL = "concept_to_sam3"
+OPENED = "1. Find concepts in a new picture"  # it has the viewer
+WITHOUT_MODEL = "5. Cut a concept out with SAM3"
 # A custom node that brings workflows and no nodes.
 SOURCE = "concept-attention-demo-workflows"
 
@@ -37,9 +38,11 @@ def serve(server: comfyui.Server, own: dict[str, workflow.Scene]) -> None:
                     continue
                 content = workflow.swap(json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8")))
                 content = workflow.with_scene(content, scene, definitions)
-                (templates / f"{name}.json").write_text(json.dumps(content), "utf-8")
+                (templates / f"{_plain(name)}.json").write_text(json.dumps(content), "utf-8")
             server.post("/settings/Comfy.TutorialCompleted", True)
-            address = f"{server.url}/?{urllib.parse.urlencode({'template': OPENED, 'source': SOURCE})}"
+            address = (
+                f"{server.url}/?{urllib.parse.urlencode({'template': _plain(OPENED), 'source': SOURCE})}"
+            )
             print(
                 f"Open this in a browser, and run the workflow:\n\n    {address}\n\n"
                 f"More workflows for the demo model: Workflow > Browse Templates > {SOURCE}.\n"
@@ -49,3 +52,8 @@ def serve(server: comfyui.Server, own: dict[str, workflow.Scene]) -> None:
             server.wait()
     except KeyboardInterrupt:
         print("ComfyUI has ended.")
+
+
+def _plain(name: str) -> str:
+    """A name as the front end takes it from an address."""
+    return re.sub(r"\W+", "_", name)

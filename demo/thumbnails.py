@@ -18,24 +18,34 @@ FOLDER = comfyui.ROOT / "example_workflows"
 CELL, GAP = workflow.SIZE, 4
 # An output node's title, and which of its images.
 TILES = {
-    "concept_saliency": [("Picture", 0), ("Heatmaps", 0), ("Overlays", 0), ("Overlays", 1)],
-    "concept_mask_to_inpaint": [("Picture", 0), ("Heatmaps", 0), ("Mask", 0), ("Repainted", 0)],
-    "concept_mask_to_inpaint_fill": [("Picture", 0), ("Heatmaps", 1), ("Mask", 0), ("Repainted", 0)],
-    "concept_regional_conditioning": [
+    "1. Find concepts in a new picture": [("Picture", 0), ("Heatmaps", 0), ("Heatmaps", 1), ("Heatmaps", 2)],
+    "2. Find concepts in your own picture": [
+        ("Your picture", 0),
+        ("Heatmaps", 0),
+        ("Segmented", 0),
+        ("Mask", 0),
+    ],
+    "3. Pick a concept and repaint it": [("Picture", 0), ("Heatmaps", 0), ("Mask", 0), ("Repainted", 0)],
+    "4. Repaint a concept with Flux.1 Fill": [("Picture", 0), ("Heatmaps", 1), ("Mask", 0), ("Repainted", 0)],
+    "5. Cut a concept out with SAM3": [("Picture", 0), ("Heatmaps", 0), ("Mask", 0), ("Boxes and points", 0)],
+    "6. Lay a concept over another picture": [
+        ("Picture A", 0),
+        ("Picture B", 0),
+        ("Mask", 0),
+        ("Composite", 0),
+    ],
+    "7. A prompt for each concept": [
         ("One prompt", 0),
         ("Mask of the first region", 0),
         ("Mask of the second region", 0),
         ("Finished", 0),
     ],
-    "concept_to_sam3": [("Picture", 0), ("Heatmaps", 0), ("Mask", 0), ("Boxes and points", 0)],
-    "concept_layers_and_steps": [
+    "8. Compare layers and steps": [
         ("Picture", 0),
         ("Concept in early layers", 0),
         ("Concept in late layers", 0),
         ("Figure", 0),
     ],
-    "concept_existing_image": [("Your picture", 0), ("Heatmaps", 0), ("Segmented", 0), ("Mask", 0)],
-    "concept_compositing": [("Picture A", 0), ("Picture B", 0), ("Mask", 0), ("Composite", 0)],
 }
 
 
@@ -52,7 +62,9 @@ def main() -> None:
             content = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
             graph = workflow.to_api(workflow.swap(content), definitions)
             workflow.set_scene(graph, workflow.SCENES[name])
-            if name == "concept_existing_image":
+            if name == "3. Pick a concept and repaint it":
+                workflow.add_previews(graph)
+            elif name == "2. Find concepts in your own picture":
                 workflow.inputs(graph, "Concept Segmentation")["legend"] = False
             thumbnail(server, graph, name).save(FOLDER / f"{name}.jpg", quality=85, optimize=True)
             print(name, flush=True)

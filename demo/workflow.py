@@ -14,6 +14,8 @@ CFG = 3.0  # unlike Flux.1 dev, the demo model has no guidance of its own
 NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 
+FROM_OUTSIDE = -10  # where links into a subgraph come from
+
 Graph = dict[str, dict]
 Scene = dict[str, dict]  # what is asked for: inputs by name, by the title of their node
 
@@ -28,27 +30,47 @@ _MUSHROOM = {
 }
 # What the demo model is asked for in each example workflow, by the name of its file.
 SCENES: dict[str, Scene] = {
-    "concept_saliency": {
+    "1. Find concepts in a new picture": {
         "Prompt": {"text": "a boat on the water under the sky"},
         "Concept Attention": {"concepts": "boat, water, sky"},
         "KSampler": {"seed": 6},
     },
-    "concept_mask_to_inpaint": {
+    "2. Find concepts in your own picture": {
+        "Concept Attention (Image)": {
+            "concepts": "house, cat, boat, water, sky",
+            "prompt": "a white house, a cat and a black boat on the water under the sky",
+        },
+        "Concept Mask": {"concept": "house"},
+    },
+    "3. Pick a concept and repaint it": {
         "Prompt": {"text": "a boat and a red mushroom on the water under the sky"},
         "Concept Attention": {"concepts": "mushroom, boat, water, sky"},
-        "Concept Mask": {"concept": "mushroom"},
+        "Concept Viewer": {"concept": "mushroom"},
         "Repaint prompt": {"text": "a boat and a red house on the water under the sky"},
         "KSampler": {"seed": 5},
         "KSampler (repaint)": {"seed": 5},
     },
-    "concept_mask_to_inpaint_fill": {
+    "4. Repaint a concept with Flux.1 Fill": {
         **_MUSHROOM,
         "KSampler": {"seed": 1},
         "Concept Mask": {"concept": "grass"},
         "Repaint prompt": {"text": "a red mushroom on the sand under the sky"},
     },
+    "5. Cut a concept out with SAM3": {
+        **_MUSHROOM,
+        "KSampler": {"seed": 1},
+        "Concept Mask": {"concept": "mushroom"},
+    },
+    "6. Lay a concept over another picture": {
+        "Prompt A": _MUSHROOM["Prompt"],
+        "Concept Attention": _MUSHROOM["Concept Attention"],
+        "KSampler A": {"seed": 1},
+        "Concept Mask": {"concept": "mushroom", "grow": -5},
+        "Prompt B": {"text": "the sand under the sky"},
+        "KSampler B": {"seed": 1},
+    },
     # Flux.1's schedule stays longer at high noise levels, and Flux.1 can mix prompts.
-    "concept_regional_conditioning": {
+    "7. A prompt for each concept": {
         **_HOUSE,
         "KSampler (first steps)": {"noise_seed": 1, "end_at_step": 2},
         "KSampler (the rest)": {"start_at_step": 2},
@@ -60,33 +82,24 @@ SCENES: dict[str, Scene] = {
         "Prompt of the second region": {"text": "a red house on the snow under the sky"},
         "Second region": {"strength": 8.0},
     },
-    "concept_to_sam3": {
-        **_MUSHROOM,
-        "KSampler": {"seed": 1},
-        "Concept Mask": {"concept": "mushroom"},
-    },
-    "concept_layers_and_steps": {
+    "8. Compare layers and steps": {
         **_HOUSE,
         "KSampler": {"seed": 1},
         **{f"Overlay of {part}": {"concept": "house"} for part in _READINGS},
         "Concept Figure": {"layout.concept": "house"},
     },
-    "concept_existing_image": {
-        "Concept Attention (Image)": {
-            "concepts": "house, cat, boat, water, sky",
-            "prompt": "a white house, a cat and a black boat on the water under the sky",
-        },
-        "Concept Mask": {"concept": "house"},
-    },
-    "concept_compositing": {
-        "Prompt A": _MUSHROOM["Prompt"],
-        "Concept Attention": _MUSHROOM["Concept Attention"],
-        "KSampler A": {"seed": 1},
-        "Concept Mask": {"concept": "mushroom", "grow": -5},
-        "Prompt B": {"text": "the sand under the sky"},
-        "KSampler B": {"seed": 1},
-    },
 }
+
+
+def graphs(workflow: dict) -> list[dict]:
+    """The workflow itself, then the subgraphs that it defines."""
+    return [workflow, *workflow.get("definitions", {}).get("subgraphs", ())]
+
+
+def all_nodes(workflow: dict) -> Iterator[dict]:
+    """Those in subgraphs too."""
+    for graph in graphs(workflow):
+        yield from graph["nodes"]
 
 
 def swap(workflow: dict) -> dict:
@@ -98,45 +111,69 @@ def swap(workflow: dict) -> dict:
     noise mask alone then keeps the rest of the picture.
     """
     workflow = copy.deepcopy(workflow)
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    for group in workflow["groups"]:
-        if group["title"].startswith("Load Flux.1"):
-            group["title"] = "Load the demo model"
-    (encoder,) = (node for node in nodes.values() if node["type"] == "DualCLIPLoader")
-    for node in nodes.values():
-        kind, values = node["type"], node["widgets_values"]
-        node["properties"].pop("models", None)
-        if kind == "UNETLoader":
-            values[0] = comfyui.model_name("diffusion_models")
-        elif kind == "VAELoader":
-            values[0] = comfyui.model_name("vae")
-        elif kind == "DualCLIPLoader":
-            node["type"], node["widgets_values"] = "ConceptDemoTextEncoder", []
-        elif kind in NOTES:
-            paragraphs = values[0].split("\n\n")
-            values[0] = "\n\n".join(p for p in paragraphs if not p.startswith("**Other models**"))
-        elif kind == "EmptySD3LatentImage":
-            values[:2] = [SIZE, SIZE]
-        elif kind == "KSampler":
-            values[3] = CFG
-        elif kind == "KSamplerAdvanced":
-            values[4] = CFG
-        elif kind == "ConceptMask":
-            *_, grow, feather, _, _ = values
-            values[-4:-2] = [round(grow * SIZE / FLUX_SIZE), feather * SIZE / FLUX_SIZE]
-        elif kind == "ConditioningZeroOut":  # the model was trained with empty prompts, not with zeros
-            node["type"], node["widgets_values"] = "CLIPTextEncode", [""]
-            (link,) = (link for link in workflow["links"] if link[3] == node["id"])
-            nodes[link[1]]["outputs"][link[2]]["links"].remove(link[0])
-            encoder["outputs"][0]["links"].append(link[0])
-            link[1], link[2], link[5] = encoder["id"], 0, "CLIP"
-            node["inputs"] = [{"name": "clip", "type": "CLIP", "link": link[0]}]
+    for graph in graphs(workflow):
+        if graph.get("name", "").startswith("Load Flux.1"):
+            graph["name"] = "Load the demo model"
+        for node in graph["nodes"]:
+            kind, values = node["type"], node["widgets_values"]
+            node["properties"].pop("models", None)
+            if kind == "UNETLoader":
+                values[0] = comfyui.model_name("diffusion_models")
+            elif kind == "VAELoader":
+                values[0] = comfyui.model_name("vae")
+            elif kind == "DualCLIPLoader":
+                _unplug(workflow, graph, node)
+                node["type"], node["widgets_values"] = "ConceptDemoTextEncoder", []
+            elif kind in NOTES and node["title"] == "Models":
+                values[0] = "The demo model is here already."
+            elif kind == "EmptySD3LatentImage":
+                values[:2] = [SIZE, SIZE]
+            elif kind == "KSampler":
+                values[3] = CFG
+            elif kind == "KSamplerAdvanced":
+                values[4] = CFG
+            elif kind == "ConceptMask":
+                *_, grow, feather, _, _ = values
+                values[-4:-2] = [round(grow * SIZE / FLUX_SIZE), feather * SIZE / FLUX_SIZE]
+            elif kind == "ConditioningZeroOut":  # the model was trained with empty prompts, not with zeros
+                _empty_prompt(graph, node)
     return workflow
 
 
+def _unplug(workflow: dict, subgraph: dict, node: dict) -> None:
+    """Take the inputs away from a node in a subgraph, and from the subgraph those that only they used."""
+    node["inputs"] = []
+    gone = {link["id"] for link in subgraph["links"] if link["target_id"] == node["id"]}
+    kept = [slot for slot in subgraph["inputs"] if not gone.issuperset(slot["linkIds"])]
+    subgraph["links"] = [link for link in subgraph["links"] if link["id"] not in gone]
+    for link in subgraph["links"]:
+        if link["origin_id"] == FROM_OUTSIDE:
+            link["origin_slot"] = kept.index(subgraph["inputs"][link["origin_slot"]])
+    subgraph["inputs"] = kept
+    for outer in all_nodes(workflow):
+        if outer["type"] == subgraph["id"]:
+            names = [slot["name"] for slot in kept]
+            outer["inputs"] = [slot for slot in outer["inputs"] if slot["name"] in names]
+            shown = outer["properties"]["proxyWidgets"]
+            outer["properties"]["proxyWidgets"] = [w for w in shown if w[0] != str(node["id"])]
+
+
+def _empty_prompt(subgraph: dict, node: dict) -> None:
+    """Make a node that zeroes a prompt into an empty prompt, encoded by what encodes that prompt."""
+    links = {link["id"]: link for link in subgraph["links"]}
+    (link,) = (link for link in links.values() if link["target_id"] == node["id"])
+    (prompt,) = (n for n in subgraph["nodes"] if n["id"] == link["origin_id"])
+    prompt["outputs"][0]["links"].remove(link["id"])
+    clip = links[prompt["inputs"][0]["link"]]
+    link.update(origin_id=clip["origin_id"], origin_slot=clip["origin_slot"], type="CLIP")
+    subgraph["inputs"][clip["origin_slot"]]["linkIds"].append(link["id"])
+    node["type"], node["widgets_values"] = "CLIPTextEncode", [""]
+    node["inputs"] = [{"name": "clip", "type": "CLIP", "link": link["id"]}]
+
+
 def to_api(workflow: dict, definitions: dict[str, dict]) -> Graph:
-    """What the front end's ``graphToPrompt`` makes of a workflow file without subgraphs, reroutes, and
-    muted or bypassed nodes.
+    """What the front end's ``graphToPrompt`` makes of a workflow file without reroutes, and muted or
+    bypassed nodes.
 
     Args:
         definitions: the server's ``/object_info``.
@@ -144,24 +181,61 @@ def to_api(workflow: dict, definitions: dict[str, dict]) -> Graph:
     Raises:
         ValueError: the server lacks a node, or the values of a node do not fit its definition.
     """
-    links = {number: [str(node), slot] for number, node, slot, *_ in workflow["links"]}
     graph: Graph = {}
-    for node in workflow["nodes"]:
-        kind = node["type"]
-        if kind in NOTES:
-            continue
-        if kind not in definitions:
-            raise ValueError(f"This ComfyUI has no node {kind}.")
-        values = enumerate(node.get("widgets_values", ()))
-        inputs = {name: value for name, _, value in _widgets(kind, definitions[kind]["input"], values)}
-        if left := [value for _, value in values]:
-            raise ValueError(f"The workflow has more values for {kind} than it has widgets: {left}.")
-        for slot in node["inputs"]:
-            if slot["link"] is not None:
-                inputs[slot["name"]] = links[slot["link"]]
-        meta = {"title": _title(node, definitions)}
-        graph[str(node["id"])] = {"class_type": kind, "inputs": inputs, "_meta": meta}
+    for level in _levels(workflow):
+        for node in level.nodes.values():
+            kind = node["type"]
+            if kind in NOTES or kind in level.subgraphs:
+                continue
+            if kind not in definitions:
+                raise ValueError(f"This ComfyUI has no node {kind}.")
+            values = enumerate(node.get("widgets_values", ()))
+            inputs = {name: value for name, _, value in _widgets(kind, definitions[kind]["input"], values)}
+            if left := [value for _, value in values]:
+                raise ValueError(f"The workflow has more values for {kind} than it has widgets: {left}.")
+            for slot in node["inputs"]:
+                if slot["link"] is not None and (source := level.source(slot["link"])):
+                    inputs[slot["name"]] = source
+            meta = {"title": _title(node, definitions)}
+            graph[f"{level.prefix}{node['id']}"] = {"class_type": kind, "inputs": inputs, "_meta": meta}
     return graph
+
+
+class _Level:
+    """A workflow, or a subgraph as the node ``outer`` of the level ``above`` stands for it."""
+
+    def __init__(self, graph: dict, subgraphs: dict[str, dict], above: _Level | None, outer: dict) -> None:
+        self.graph, self.subgraphs, self.above, self.outer = graph, subgraphs, above, outer
+        self.prefix = "" if above is None else f"{above.prefix}{outer['id']}:"
+        self.nodes = {node["id"]: node for node in graph["nodes"]}
+        if above is None:
+            self.links = {number: (node, slot) for number, node, slot, *_ in graph["links"]}
+        else:
+            self.links = {link["id"]: (link["origin_id"], link["origin_slot"]) for link in graph["links"]}
+
+    def within(self, outer: dict) -> _Level:
+        return _Level(self.subgraphs[outer["type"]], self.subgraphs, self, outer)
+
+    def source(self, link: int) -> list | None:
+        """The node and output that a link comes from; None for a widget that the subgraph shows outside."""
+        number, slot = self.links[link]
+        if number == FROM_OUTSIDE:
+            outside = {slot["name"]: slot["link"] for slot in self.outer["inputs"]}
+            link = outside.get(self.graph["inputs"][slot]["name"])
+            return None if link is None else self.above.source(link)
+        node = self.nodes[number]
+        if node["type"] in self.subgraphs:
+            inner = self.within(node)
+            return inner.source(inner.graph["outputs"][slot]["linkIds"][0])
+        return [f"{self.prefix}{number}", slot]
+
+
+def _levels(workflow: dict) -> Iterator[_Level]:
+    top, *subgraphs = graphs(workflow)
+    levels = [_Level(top, {subgraph["id"]: subgraph for subgraph in subgraphs}, None, {})]
+    for level in levels:  # also those that are added on the way
+        yield level
+        levels += [level.within(node) for node in level.nodes.values() if node["type"] in level.subgraphs]
 
 
 def _title(node: dict, definitions: dict[str, dict]) -> str:
@@ -205,9 +279,10 @@ def with_scene(workflow: dict, scene: Scene, definitions: dict[str, dict]) -> di
     """
     workflow = copy.deepcopy(workflow)
     missing = {(title, name) for title, values in scene.items() for name in values}
-    for node in workflow["nodes"]:
+    subgraphs = [graph["id"] for graph in graphs(workflow)[1:]]
+    for node in all_nodes(workflow):
         kind = node["type"]
-        if kind in NOTES:
+        if kind in (*NOTES, *subgraphs):
             continue
         title, values = _title(node, definitions), node.get("widgets_values", [])
         for name, place, _ in list(_widgets(kind, definitions[kind]["input"], enumerate(values))):
@@ -238,9 +313,15 @@ def inputs(graph: Graph, title: str) -> dict:
 
 def add(graph: Graph, title: str, class_type: str, **inputs) -> str:
     """Add a node to the graph and return its id."""
-    number = str(max(map(int, graph)) + 1)
+    number = str(max(int(number.split(":")[0]) for number in graph) + 1)
     graph[number] = {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}
     return number
+
+
+def add_previews(graph: Graph) -> None:
+    """Picture and heatmaps on their own, where the example shows them in Concept Viewer only."""
+    add(graph, "Picture", "PreviewImage", images=inputs(graph, "Concept Viewer")["image"])
+    add(graph, "Heatmaps", "PreviewImage", images=[find(graph, "Concept Saliency"), 2])
 
 
 def shown_as_text(server: comfyui.Server, graph: Graph, title: str, *outputs: int) -> list[str]:

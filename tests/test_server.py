@@ -6,6 +6,7 @@ import asyncio
 import functools
 import io
 import json
+import re
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,8 @@ from scenes import EXAMPLE, make_scene, save_example
 
 FOLDER = comfyui.ROOT / "example_workflows"
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
-INPAINT = FOLDER / "concept_mask_to_inpaint.json"
+PICK = FOLDER / "3. Pick a concept and repaint it.json"
+FILL = FOLDER / "4. Repaint a concept with Flux.1 Fill.json"
 SAM3 = "sam3.1_multiplex_fp16.safetensors"
 ATTENTION = ("ConceptAttention", "ConceptAttentionImage")
 LEGENDS = ("Figure", "Segmented")  # shown with something beside the picture
@@ -47,11 +49,14 @@ def definitions(server):
 
 @pytest.fixture
 def graph(definitions) -> workflow.Graph:
-    graph = workflow.to_api(workflow.swap(json.loads(INPAINT.read_text("utf-8"))), definitions)
+    graph = workflow.to_api(workflow.swap(json.loads(PICK.read_text("utf-8"))), definitions)
+    workflow.add_previews(graph)
     workflow.inputs(graph, "Prompt")["text"] = "a red ball on the grass under the sky"
     workflow.inputs(graph, "Repaint prompt")["text"] = "a red ball on the snow under the sky"
     workflow.inputs(graph, "Concept Attention")["concepts"] = "ball, grass, sky"
-    workflow.inputs(graph, "Concept Mask")["concept"] = "grass"
+    mask = workflow.inputs(graph, "Concept Mask")  # not as picked in the viewer
+    mask.update(concept="grass", method="argmax")
+    del mask["method.threshold"]
     for sampler in ("KSampler", "KSampler (repaint)"):
         workflow.inputs(graph, sampler)["steps"] = STEPS
     return graph
@@ -106,30 +111,65 @@ class Result:
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_links_of_an_example_workflow_agree_with_its_nodes(path):
     content = json.loads(path.read_text("utf-8"))
-    nodes = {node["id"]: node for node in content["nodes"]}
-    from_links = {(n, a, i, b, j, type_) for n, a, i, b, j, type_ in content["links"]}
-    from_inputs = {
-        (slot["link"], node["id"], j, type_)
-        for node in nodes.values()
-        for j, slot in enumerate(node["inputs"])
-        if slot.get("link") is not None
-        for type_ in slot["type"].split(",")
-    }
-    from_outputs = {
-        (link, node["id"], i, slot["type"])
-        for node in nodes.values()
-        for i, slot in enumerate(node["outputs"])
-        for link in slot["links"] or ()
-    }
-    assert from_inputs >= {(n, b, j, type_) for n, _, _, b, j, type_ in from_links}
-    assert {n for n, *_ in from_inputs} == {n for n, *_ in from_links}
-    assert from_outputs == {(n, a, i, type_) for n, a, i, _, _, type_ in from_links}
-    assert content["last_node_id"] == max(nodes)
-    assert content["last_link_id"] == max(link[0] for link in from_links)
+    ids = [node["id"] for node in workflow.all_nodes(content)]
+    assert len(ids) == len(set(ids))
+    assert content["last_node_id"] == max(ids)
+    for graph in workflow.graphs(content):
+        links = {tuple(link.values() if isinstance(link, dict) else link) for link in graph["links"]}
+        ends = {
+            (link, node["id"], i, type_)
+            for node in graph["nodes"]
+            for i, slot in enumerate(node["inputs"])
+            if (link := slot.get("link")) is not None
+            for type_ in slot["type"].split(",")
+        } | {(n, -20, i, s["type"]) for i, s in enumerate(graph.get("outputs", ())) for n in s["linkIds"]}
+        starts = {
+            (link, node["id"], i, slot["type"])
+            for node in graph["nodes"]
+            for i, slot in enumerate(node["outputs"])
+            for link in slot["links"] or ()
+        } | {(n, -10, i, s["type"]) for i, s in enumerate(graph.get("inputs", ())) for n in s["linkIds"]}
+        assert ends >= {(n, b, j, type_) for n, _, _, b, j, type_ in links}
+        assert {n for n, *_ in ends} == {n for n, *_ in links}
+        assert starts == {(n, a, i, type_) for n, a, i, _, _, type_ in links}
+        assert max(n for n, *_ in links) <= content["last_link_id"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_a_subgraph_and_its_node_have_the_same_inputs_and_outputs(path):
+    content = json.loads(path.read_text("utf-8"))
+    top, *subgraphs = workflow.graphs(content)
+    assert subgraphs[0]["name"].startswith("Load Flux.1 dev")
+    for subgraph in subgraphs:
+        (outer,) = (node for node in top["nodes"] if node["type"] == subgraph["id"])
+        widgets = {node["id"]: node["widgets_values"] for node in subgraph["nodes"]}
+        for end in ("inputs", "outputs"):
+            slots = [[(slot["name"], slot["type"]) for slot in part[end]] for part in (outer, subgraph)]
+            assert slots[0] == slots[1]
+        assert all(int(number) in widgets for number, _ in outer["properties"]["proxyWidgets"])
+
+
+def test_example_workflows_are_titled_in_order_the_smallest_first():
+    """ComfyUI shows the names of the files."""
+    assert [path.stem.split(" ")[0] for path in WORKFLOWS] == [f"{i + 1}." for i in range(len(WORKFLOWS))]
+    sizes = [len(json.loads(path.read_text("utf-8"))["nodes"]) for path in WORKFLOWS]
+    assert sizes[0] == min(sizes)
+    assert all(re.fullmatch(r"\d\. [A-Z][A-Za-z0-9. ]+", path.stem) for path in WORKFLOWS)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_notes_name_every_file_with_its_link_size_and_folder(path):
+    content = json.loads(path.read_text("utf-8"))
+    (text,) = (n["widgets_values"][0] for n in content["nodes"] if n.get("title") == "Models")
+    for node in workflow.all_nodes(content):
+        for model in node["properties"].get("models", ()):
+            line = rf"- \[{model['name']}\]\({model['url']}\), [\d.]+ GB, in {model['directory']}"
+            assert re.search(line, text), model["name"]
+    assert "fp8_e4m3fn:" in text
 
 
 def test_a_workflow_with_too_many_or_too_few_widget_values_is_refused(definitions):
-    content = json.loads(INPAINT.read_text("utf-8"))
+    content = json.loads(FILL.read_text("utf-8"))
     (values,) = (n["widgets_values"] for n in content["nodes"] if n["type"] == "ConceptMask")
     values.append(1)
     with pytest.raises(ValueError, match="more values for ConceptMask"):
@@ -140,7 +180,7 @@ def test_a_workflow_with_too_many_or_too_few_widget_values_is_refused(definition
 
 
 def test_values_of_a_dynamic_combo_get_dotted_names(definitions):
-    content = json.loads(INPAINT.read_text("utf-8"))
+    content = json.loads(FILL.read_text("utf-8"))
     (values,) = (n["widgets_values"] for n in content["nodes"] if n["type"] == "ConceptMask")
     values[2:3] = ["fixed", 0.25]
     inputs = workflow.inputs(workflow.to_api(content, definitions), "Concept Mask")
@@ -173,7 +213,7 @@ def test_every_example_workflow_has_a_picture_and_a_scene_for_the_demo():
 
 def test_loaders_of_the_example_workflows_say_where_their_models_are_from():
     for path in WORKFLOWS:
-        for node in json.loads(path.read_text("utf-8"))["nodes"]:
+        for node in workflow.all_nodes(json.loads(path.read_text("utf-8"))):
             files = [v for v in node["widgets_values"] if str(v).endswith(".safetensors")]
             models = node["properties"].get("models", [])
             assert [model["name"] for model in models] == files, (path.stem, node["type"])
@@ -181,7 +221,7 @@ def test_loaders_of_the_example_workflows_say_where_their_models_are_from():
 
 
 def test_the_swap_onto_the_demo_model_keeps_what_the_workflow_shows(definitions):
-    content = json.loads((FOLDER / "concept_mask_to_inpaint_fill.json").read_text("utf-8"))
+    content = json.loads(FILL.read_text("utf-8"))
     (mask,) = (n for n in content["nodes"] if n["type"] == "ConceptMask")
     mask["widgets_values"][2:3] = ["fixed", 0.25]
     before = json.dumps(content)
@@ -192,7 +232,7 @@ def test_the_swap_onto_the_demo_model_keeps_what_the_workflow_shows(definitions)
     assert (inputs["method.threshold"], inputs["grow"], inputs["feather"]) == (0.25, 6, 3.0)
 
 
-@pytest.mark.parametrize("name", sorted(set(workflow.SCENES) - {"concept_to_sam3"}))
+@pytest.mark.parametrize("name", sorted(set(workflow.SCENES) - {"5. Cut a concept out with SAM3"}))
 def test_a_scene_in_a_workflow_file_is_that_of_its_graph(definitions, name):
     """So the demo's server offers what the demo paints."""
     content, scene = json.loads((FOLDER / f"{name}.json").read_text("utf-8")), workflow.SCENES[name]
@@ -205,7 +245,7 @@ def test_a_scene_in_a_workflow_file_is_that_of_its_graph(definitions, name):
         workflow.with_scene(content, {"Prompt": {"words": "none"}}, definitions)
 
 
-@pytest.mark.parametrize("name", sorted(set(workflow.SCENES) - {"concept_to_sam3"}))
+@pytest.mark.parametrize("name", sorted(set(workflow.SCENES) - {"5. Cut a concept out with SAM3"}))
 def test_an_example_workflow_shows_pictures_and_masks_of_the_right_size(shown, name):
     result = shown(name)
     (watched,) = (n for n in result.graph.values() if n["class_type"] in ATTENTION)
@@ -221,7 +261,7 @@ def test_an_example_workflow_shows_pictures_and_masks_of_the_right_size(shown, n
 
 
 def test_the_viewer_of_the_saliency_workflow_has_every_concept_and_the_picture(shown):
-    result = shown("concept_saliency")
+    result = shown("1. Find concepts in a new picture")
     number = workflow.find(result.graph, "Concept Viewer")
     (view,) = result.entry["outputs"][number]["concept_view"]
     assert view["concepts"] == ["boat", "water", "sky", "background"]
@@ -230,14 +270,14 @@ def test_the_viewer_of_the_saliency_workflow_has_every_concept_and_the_picture(s
 
 
 def test_fill_changes_the_mask_and_leaves_what_is_outside_it(shown):
-    result = shown("concept_mask_to_inpaint_fill")
+    result = shown("4. Repaint a concept with Flux.1 Fill")
     changed = np.abs(result["Repainted"].astype(int) - result["Picture"]).max(-1)
     assert changed[result["Mask"][..., 0] == 0].max() <= 1  # a mask's last level before 0 is shown as 0
     assert changed[result["Mask"][..., 0] == 255].mean() > 20
 
 
 def test_regional_prompts_change_their_regions(server, shown, example):
-    regional, graph = shown("concept_regional_conditioning"), example("concept_regional_conditioning")
+    regional, graph = shown("7. A prompt for each concept"), example("7. A prompt for each concept")
     rest = workflow.inputs(graph, "KSampler (the rest)")
     rest["positive"] = workflow.inputs(graph, "KSampler (first steps)")["positive"]
     plain = Result(server, graph, "Finished")["Finished"]
@@ -249,7 +289,7 @@ def test_regional_prompts_change_their_regions(server, shown, example):
 
 
 def test_without_regional_prompts_both_samplers_paint_what_one_would(server, example):
-    graph = example("concept_regional_conditioning")
+    graph = example("7. A prompt for each concept")
     first, rest = (workflow.inputs(graph, f"KSampler ({part})") for part in ("first steps", "the rest"))
     rest["positive"] = first["positive"]
     in_two = Result(server, graph, "Finished")["Finished"]
@@ -260,7 +300,7 @@ def test_without_regional_prompts_both_samplers_paint_what_one_would(server, exa
 
 
 def test_layers_and_steps_are_read_from_one_run(shown):
-    result = shown("concept_layers_and_steps")
+    result = shown("8. Compare layers and steps")
     parts = ("early layers", "late layers", "early steps", "late steps")
     overlays = [result[f"Concept in {part}"].astype(int) for part in parts]
     for i, overlay in enumerate(overlays):
@@ -272,7 +312,7 @@ def test_layers_and_steps_are_read_from_one_run(shown):
 
 
 def test_a_composite_is_picture_a_inside_the_mask_and_picture_b_outside(shown):
-    result = shown("concept_compositing")
+    result = shown("6. Lay a concept over another picture")
     composite, a, b = (result[title].astype(int) for title in ("Composite", "Picture A", "Picture B"))
     mask = result["Mask"][..., 0]
     assert np.array_equal(composite[mask == 255], a[mask == 255])
@@ -282,7 +322,7 @@ def test_a_composite_is_picture_a_inside_the_mask_and_picture_b_outside(shown):
 
 
 def test_an_existing_picture_is_read_where_its_things_are_and_nothing_is_sampled(shown):
-    result = shown("concept_existing_image")
+    result = shown("2. Find concepts in your own picture")
     assert not [n for n in result.graph.values() if "Sampler" in n["class_type"]]
     scene = make_scene(EXAMPLE)
     (house,) = (i for i, region in enumerate(scene.regions) if region.noun == "house")
@@ -306,7 +346,7 @@ def test_an_existing_picture_is_read_where_its_things_are_and_nothing_is_sampled
 def sam3(definitions, example) -> workflow.Graph:
     if "SAM3_Detect" not in definitions:
         pytest.skip("this ComfyUI has no SAM3 nodes")
-    return example("concept_to_sam3")
+    return example("5. Cut a concept out with SAM3")
 
 
 def test_boxes_and_points_for_sam3_are_those_of_the_mask(server, sam3):
@@ -412,19 +452,25 @@ def _renumbered(graph: workflow.Graph, new: dict[str, str]) -> workflow.Graph:
     return json.loads(text)
 
 
-def test_live_maps_go_to_the_node_of_the_workflow_that_runs_also_when_it_comes_from_the_cache(server, graph):
+def test_live_maps_go_to_the_viewer_that_they_will_reach(server, graph):
+    workflow.inputs(graph, "KSampler")["seed"] = 100
+    shown = asyncio.run(_live(server, graph, workflow.find(graph, "Picture")))
+    assert shown
+    assert all(nodes == {workflow.find(graph, "Concept Viewer"): "ConceptViewer"} for nodes in shown)
+
+
+def test_live_maps_go_to_the_node_of_the_workflow_that_runs_also_when_it_comes_from_the_cache(
+    server, example
+):
+    graph = example("4. Repaint a concept with Flux.1 Fill")
     attention, loader = (workflow.find(graph, title) for title in ("Concept Attention", "Load VAE"))
-    picture = workflow.find(graph, "Picture")
-    sampler = workflow.inputs(graph, "KSampler")
-    first = asyncio.run(_live(server, graph, picture))
-    assert first
-    assert all(nodes == {attention: "ConceptAttention"} for nodes in first)
-    # In another workflow, with another node under its number; sampled again, but not observed again.
-    for moved in ({attention: "77", loader: attention}, {attention: "90:1"}):
-        sampler["seed"] += 1
-        shown = asyncio.run(_live(server, _renumbered(graph, moved), picture))
+    # In its own workflow; in another, with another node under its number; in a subgraph.
+    for seed, moved in enumerate(({}, {attention: "77", loader: attention}, {attention: "90:1"})):
+        workflow.inputs(graph, "KSampler")["seed"] = 200 + seed
+        renumbered = _renumbered(graph, moved)
+        shown = asyncio.run(_live(server, renumbered, workflow.find(renumbered, "Picture")))
         assert shown
-        assert all(nodes == {moved[attention]: "ConceptAttention"} for nodes in shown)
+        assert all(nodes == {moved.get(attention, attention): "ConceptAttention"} for nodes in shown)
 
 
 def test_two_samplers_on_one_model_keep_their_recordings_apart(server, graph):

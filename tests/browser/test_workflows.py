@@ -76,7 +76,10 @@ class Page:
 
     def unknown(self) -> list[str]:
         """Types of nodes that the front end does not know."""
-        types = self.page.evaluate("() => app.graph.nodes.map((node) => node.type)")
+        types = self.page.evaluate(
+            """() => [app.rootGraph, ...app.rootGraph.subgraphs.values()]
+                .flatMap((graph) => graph.nodes).map((node) => node.type)"""
+        )
         known = self.page.evaluate("() => Object.keys(LiteGraph.registered_node_types)")
         return sorted(set(types) - set(known))
 
@@ -85,20 +88,40 @@ class Page:
         return self.page.evaluate("() => app.graph.nodes.filter((n) => n.has_errors).map((n) => n.title)")
 
     def set_scene(self, name: str) -> None:
-        """Type into the widgets what the demo model is asked for, at few steps."""
+        """Type into the widgets what the demo model is asked for, at few steps. Those that a subgraph shows
+        outside are typed into there."""
         self.page.evaluate(
             """([scene, steps]) => {
+                const type = (title, type, name, widget) => {
+                    const value = scene[title]?.[name];
+                    if (value !== undefined) widget.value = value;
+                    if (name === "steps" && type.startsWith("KSampler")) widget.value = steps;
+                    if (name === "start_step") widget.value = Math.min(widget.value, steps - 1);
+                };
                 for (const node of app.graph.nodes) {
-                    for (const widget of node.widgets ?? []) {
-                        const value = scene[node.title]?.[widget.name];
-                        if (value !== undefined) widget.value = value;
-                        if (widget.name === "steps" && node.type.startsWith("KSampler")) widget.value = steps;
-                        if (widget.name === "start_step") widget.value = Math.min(widget.value, steps - 1);
+                    if (!node.subgraph) {
+                        for (const widget of node.widgets ?? []) {
+                            type(node.title, node.type, widget.name, widget);
+                        }
+                    }
+                    for (const { name, linkIds } of node.subgraph?.inputs ?? []) {
+                        const link = node.subgraph.getLink(linkIds[0]);
+                        const inner = node.subgraph.getNodeById(link.target_id);
+                        const slot = inner.inputs[link.target_slot].widget;
+                        const widget = node.widgets.find((widget) => widget.name === name);
+                        if (slot) type(inner.title, inner.type, slot.name, widget);
                     }
                 }
             }""",
             [workflow.SCENES[name], STEPS],
         )
+
+    def queued(self) -> dict:
+        """The workflow as the page would queue it, by the titles of its nodes."""
+        output = self.page.evaluate("async () => (await app.graphToPrompt()).output")
+        return {
+            number: {**node, "_meta": {"title": node["_meta"]["title"]}} for number, node in output.items()
+        }
 
     def run(self) -> str:
         return self.page.evaluate(RUN)
@@ -133,7 +156,7 @@ def models(server) -> None:
     """Empty files in place of the models that the workflows name: to choose, not to load. And a picture."""
     save_example(server.folder / "input")
     for path in PATHS:
-        for node in json.loads(path.read_text("utf-8"))["nodes"]:
+        for node in workflow.all_nodes(json.loads(path.read_text("utf-8"))):
             for model in node["properties"].get("models", ()):
                 folder = server.folder / "models" / model["directory"]
                 folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +184,8 @@ def overlapping(boxes: list[list]) -> list[tuple[str, str]]:
 
 def skip_without_its_nodes(server: comfyui_setup.Server, content: dict) -> None:
     definitions = server.get("/object_info")
-    missing = {n["type"] for n in content["nodes"]} - set(definitions) - set(workflow.NOTES)
+    known = {*definitions, *workflow.NOTES, *(subgraph["id"] for subgraph in workflow.graphs(content)[1:])}
+    missing = {n["type"] for n in workflow.all_nodes(content)} - known
     if missing and all(kind.startswith("SAM3") for kind in missing):
         pytest.skip("this ComfyUI has no SAM3 nodes")
 
@@ -182,15 +206,23 @@ def test_every_node_is_known_and_has_room(server, page, path):
     assert page.complaints == []
 
 
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_the_page_queues_what_the_demo_makes_of_the_file(server, page, path):
+    content = json.loads(path.read_text("utf-8"))
+    skip_without_its_nodes(server, content)
+    page.load(content)
+    assert page.queued() == workflow.to_api(content, server.get("/object_info"))
+
+
 # One with the viewer, one where Concept Attention grows by the maps that it shows, one with a figure, one
 # without a sampler.
 @pytest.mark.parametrize(
     "name",
     [
-        "concept_saliency",
-        "concept_mask_to_inpaint",
-        "concept_layers_and_steps",
-        "concept_existing_image",
+        "1. Find concepts in a new picture",
+        "3. Pick a concept and repaint it",
+        "8. Compare layers and steps",
+        "2. Find concepts in your own picture",
     ],
 )
 def test_the_page_runs_it_and_shows_the_result(page, name):
