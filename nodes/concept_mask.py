@@ -194,4 +194,5 @@ class ConceptMask(io.ComfyNode):
             for parts in found
         ]
         points = [json.dumps([{"x": x, "y": y} for x, y in (part.peak for part in parts)]) for parts in found]
-        return io.NodeOutput(masks.flatten(0, 1), boxes, points)
+        # For the page, which offers them to pick from.
+        return io.NodeOutput(masks.flatten(0, 1), boxes, points, ui={"concepts": maps.concepts.all})

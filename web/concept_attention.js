@@ -12,6 +12,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { splitNames } from "./concepts.mjs";
 import { Panel } from "./panel.mjs";
 import { texts } from "./texts.mjs";
 
@@ -173,14 +174,6 @@ function origin(node) {
     JSON.stringify([type, ...widgets.filter((w) => w.serialize !== false).map((w) => w.value)]),
   );
   return values.sort().join();
-}
-
-/**
- * Names as core/concepts.py splits them.
- * @param {string} text
- */
-function splitNames(text) {
-  return text.split(/[\n\r,，、]/).map((name) => name.trim().replace(/\s+/g, " ")).filter(Boolean);
 }
 
 /** @param {LGraphNode} node @param {string} name */
