@@ -12,6 +12,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { andBefore } from "./graph.mjs";
 import { splitNames } from "./concepts.mjs";
 import { Panel } from "./panel.mjs";
 import { texts } from "./texts.mjs";
@@ -154,23 +155,12 @@ function storageKey(node) {
 }
 
 /**
- * What a node's result depends on: types and values of the nodes before it. What goes into a subgraph comes
- * before all that is in it.
+ * What a node's result depends on: types and values of the nodes before it.
  * @param {LGraphNode} node
  */
 function origin(node) {
-  const { rootGraph } = app;
-  const everywhere = [rootGraph, ...rootGraph.subgraphs.values()].flatMap((graph) => graph.nodes);
-  const reached = new Set([/** @type {typeof everywhere[number]} */ (node)]);
-  // Also goes through those that are added on the way.
-  for (const one of reached) {
-    const givers = (one.inputs ?? []).map((_, slot) => one.getInputNode(slot));
-    const around = everywhere.filter((other) => other.isSubgraphNode() && other.subgraph === one.graph);
-    const within = one.isSubgraphNode() ? one.subgraph.nodes : [];
-    for (const other of [...givers, ...around, ...within]) if (other) reached.add(other);
-  }
-  reached.delete(node);
-  const values = [...reached].map(({ type, widgets = [] }) =>
+  const [, ...before] = andBefore([node]);
+  const values = before.map(({ type, widgets = [] }) =>
     JSON.stringify([type, ...widgets.filter((w) => w.serialize !== false).map((w) => w.value)]),
   );
   return values.sort().join();

@@ -6,6 +6,7 @@
  */
 
 import { app } from "../../scripts/app.js";
+import { andBefore, giver } from "./graph.mjs";
 import { splitNames } from "./concepts.mjs";
 import { offer } from "./pick_list.mjs";
 
@@ -28,24 +29,16 @@ function namesFor(node) {
 }
 
 /**
- * The nearest node whose concepts the maps of `node` have. What goes into a subgraph comes before all that is
- * in it. Nothing if they come from a file, or the concepts from another node.
+ * The nearest node whose concepts the maps of `node` have. Nothing if they come from a file, or the concepts from
+ * another node.
  * @param {LGraphNode} node
  */
 function observerBefore(node) {
-  const { rootGraph } = app;
-  const everywhere = [rootGraph, ...rootGraph.subgraphs.values()].flatMap((graph) => graph.nodes);
-  const maps = node.getInputNode(node.findInputSlot("maps"));
-  const reached = new Set(maps ? [maps] : everywhere.filter((n) => n.isSubgraphNode() && n.subgraph === node.graph));
-  // Also goes through those that are added on the way, the nearest first.
-  for (const one of reached) {
-    if (OBSERVERS.includes(`${one.comfyClass}`)) {
-      return one.inputs.some(({ name, link }) => name === "concepts" && link != null) ? null : one;
-    }
-    const givers = (one.inputs ?? []).map((_, slot) => one.getInputNode(slot));
-    const around = everywhere.filter((other) => other.isSubgraphNode() && other.subgraph === one.graph);
-    const within = one.isSubgraphNode() ? one.subgraph.nodes : [];
-    for (const other of [...givers, ...around, ...within]) if (other) reached.add(other);
+  const maps = giver(node, node.findInputSlot("maps"));
+  // Or out of the subgraph that it is in, at the head of which it is.
+  for (const one of andBefore([maps ?? node])) {
+    if (!OBSERVERS.includes(`${one.comfyClass}`)) continue;
+    return one.inputs.some(({ name, link }) => name === "concepts" && link != null) ? null : one;
   }
   return null;
 }
