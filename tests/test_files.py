@@ -14,9 +14,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_models import ROWS, concepts_of, sample, tiny
 
 import nodes
+from concept_attention.core.architectures import family_of
 from concept_attention.core.concepts import Concepts
+from concept_attention.core.observing.latents import recording_of
+from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.readers import reading_of
 from concept_attention.core.reading.files import SUFFIX, load_maps, save_maps
 from concept_attention.core.reading.maps import ConceptMaps, concept_maps
 from concept_attention.nodes.concept_files import ConceptMapsLoad, ConceptMapsSave
@@ -205,6 +210,18 @@ def test_scores_without_a_prompt_at_work_and_a_padded_edge_come_back(tmp_path):
     assert loaded.image_size == (56, 88)
     for ours, theirs in zip(loaded.recording.scores["output"], made_of.scores["output"], strict=True):
         assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_any_model_can_record_comes_back(tmp_path, name):
+    model, tokens = tiny(name), ROWS[name].concept_tokens()
+    spaces = reading_of(family_of(model.get_model_object("diffusion_model"))).SPACES
+    observed = observe(model, concepts_of(len(tokens.sequences)), tokens, spaces=spaces)
+    made_of = recording_of({"samples": sample(observed, ROWS[name])})
+    for space in spaces:
+        maps = concept_maps(made_of, space=space)
+        save_maps(maps, tmp_path / "maps")
+        assert torch.equal(load_maps(tmp_path / "maps").values, maps.values)
 
 
 def test_a_file_of_a_later_format_is_an_error_that_says_so(tmp_path):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..concepts import LIMIT, Concepts, split_names
-from ..observing.readers.stream import SPACES
+from ..observing.readers import SPACES
 from ..observing.recording import Recording
 from .maps import GROUNDINGS, ConceptMaps
 

@@ -8,6 +8,8 @@ from .patches import PatchReading
 from .reading import Reading
 
 _READINGS: dict[str, type[Reading]] = {"patches": PatchReading, "blocks": BlockReading}
+# All that any of them can score.
+SPACES = tuple(dict.fromkeys(space for reading in _READINGS.values() for space in reading.SPACES))
 
 
 def reading_of(family: Family) -> type[Reading]:
