@@ -47,6 +47,30 @@ def test_maps_come_back_equal_to_the_last_bit(tmp_path):
             assert getattr(loaded, field.name) == getattr(maps, field.name), field.name
 
 
+def version_of(path: Path) -> int:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["concept_maps"])["version"]
+
+
+def test_frames_of_a_video_stay_together_and_pictures_keep_their_format(tmp_path):
+    video = concept_maps(replace(recording(batch=6), frames=3))
+    save_maps(video, tmp_path / "video")
+    save_maps(made(), tmp_path / "pictures")
+    loaded = load_maps(tmp_path / "video")
+    assert loaded.recording.frames == 3
+    assert loaded.recording.batch == 2
+    assert torch.equal(loaded.values, video.values)
+    assert (version_of(tmp_path / "video"), version_of(tmp_path / "pictures")) == (2, 1)
+
+
+@pytest.mark.parametrize("frames", [0, 4, -1, 1.5, "3", None])
+def test_frames_that_do_not_part_the_maps_are_refused(tmp_path, frames):
+    path = tmp_path / "maps"
+    save_maps(concept_maps(replace(recording(batch=6), frames=3)), path)
+    with pytest.raises(ValueError, match="frames"):
+        load_maps(rewritten(path, lambda tensors, d: d["recorded"].update(frames=frames)))
+
+
 def test_the_whole_recording_comes_back(tmp_path):
     maps = made()
     save_maps(maps, tmp_path / "maps")
@@ -227,7 +251,7 @@ def test_what_any_model_can_record_comes_back(tmp_path, name):
 def test_a_file_of_a_later_format_is_an_error_that_says_so(tmp_path):
     path = tmp_path / "maps"
     save_maps(made(), path)
-    with pytest.raises(ValueError, match="version 7, this is version 1"):
+    with pytest.raises(ValueError, match="version 7, this reads 1 to 2"):
         load_maps(rewritten(path, lambda tensors, d: d.update(version=7)))
 
 

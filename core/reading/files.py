@@ -1,7 +1,9 @@
 """Concept maps in files: safetensors, with everything but the tensors as JSON in the metadata.
 
 A file holds the maps as they are (``maps``) and the recording that they were made from
-(``scores.<space>``, (E, L, B, K, h, w)), so that other maps can be made from it without sampling again.
+(``scores.<space>``, (E, L, B, K, h, w)), so that other maps can be made from it without sampling again. Of
+videos each B is a frame, and the file says how many ``frames`` make one; it has version 2 then, and no reader
+of version 1 takes it for pictures.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ SUFFIX = ".concepts.safetensors"
 LARGEST_SIDE = 8192  # of a square image, in pixels
 LARGEST_PATCH = 64  # pixels along a side
 _KEY = "concept_maps"
-_VERSION = 1
+_VERSIONS = (1, 2)
 _SCORES = "scores."
 _HIGHEST = 10**6  # number of a layer or step, and noise level
 _ROUNDING = 1e-3
@@ -40,7 +42,7 @@ def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None 
     for space, scores in recording.scores.items():
         tensors[_SCORES + space] = torch.stack(scores)
     description = {
-        "version": _VERSION,
+        "version": 1 if recording.frames == 1 else 2,
         "concepts": recording.concepts.names,
         "background": recording.concepts.background,
         "image_size": recording.image_size,
@@ -52,6 +54,7 @@ def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None 
             "left_out": recording.left_out,
             "steps": recording.steps,
             "sigmas": recording.sigmas,
+            **({} if recording.frames == 1 else {"frames": recording.frames}),
         },
         "maps": {
             "space": maps.space,
@@ -87,9 +90,9 @@ def load_maps(path: Path) -> ConceptMaps:
 
 def _read(file: safe_open, description: Any) -> ConceptMaps:
     _expect(description, isinstance(description, dict), "its description", "a table")
-    if description["version"] != _VERSION:
+    if description["version"] not in _VERSIONS:
         version = shortened(description["version"])
-        raise ValueError(f"its format has version {version}, this is version {_VERSION}")
+        raise ValueError(f"its format has version {version}, this reads {_VERSIONS[0]} to {_VERSIONS[-1]}")
     recorded, chosen = description["recorded"], description["maps"]
     for name, section in (("recorded", recorded), ("maps", chosen)):
         _expect(section, isinstance(section, dict), name, "a table")
@@ -122,6 +125,8 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
         if tensor.get_shape() != expected or not all(expected):
             raise ValueError(f"{name} has the shape {tuple(tensor.get_shape())}, not {tuple(expected)}")
         _expect(tensor.get_dtype(), tensor.get_dtype() == "F32", f"the type of {name}", "F32")
+    (frames,) = _numbers([recorded.get("frames", 1)], "frames", int)
+    _expect(frames, frames and batch % frames == 0, "frames", f"a part of {batch} maps")
     coverage, image_size = _geometry(description["coverage"], description["image_size"], grid)
 
     recording = Recording(
@@ -134,6 +139,7 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
         image_size=image_size,
         coverage=coverage,
         left_out=_numbers(recorded.get("left_out", []), "left_out", int),
+        frames=frames,
     )
     space, softmax, temperature = chosen["space"], chosen["softmax"], chosen["temperature"]
     grounding = chosen.get("grounding", GROUNDINGS[0])
