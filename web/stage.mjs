@@ -1,0 +1,223 @@
+/**
+ * The picture with its maps.
+ *
+ * @typedef {import("./paint.mjs").Maps} Maps
+ *
+ * What is on the canvas.
+ * @typedef {Pick<import("./maps.mjs").View, "concepts" | "colours" | "shown"> & Maps} Scene
+ *
+ * How it is drawn: the concepts, by their indexes, and where their outlines run.
+ * @typedef {{drawn: number[], threshold: number, opacity: number}} Look
+ *
+ * A row and a column.
+ * @typedef {[number, number]} Patch
+ */
+
+import { Field, blend, heatmap } from "./paint.mjs";
+import { make } from "./dom.mjs";
+import { withNames } from "./names.mjs";
+import { texts } from "./texts.mjs";
+
+/** The most pixels along a side that are drawn on screen; copying takes the picture's own size. */
+const LARGEST = 1536;
+/** Pixels along the longer side where there is no picture. */
+const WITHOUT_PICTURE = 512;
+
+export class Stage {
+  /** @type {Scene | null} */
+  scene = null;
+  /** The highest value of the concepts that are not background. */
+  highest = 1;
+  /** The patch that is looked at. @type {Patch | null} */
+  patch = null;
+  /** @type {ImageBitmap | null} */
+  #picture = null;
+  /** @type {Map<number, Field>} */
+  #fields = new Map();
+  /** @type {Map<number, Path2D>} */
+  #outlines = new Map();
+  #outlinesAt = NaN;
+  /** @type {{key: string, canvas: HTMLCanvasElement} | null} */
+  #overlay = null;
+
+  /** @param {(patch: Patch | null, byKey: boolean) => void} onPoint */
+  constructor(onPoint) {
+    this.onPoint = onPoint;
+    this.canvas = make("canvas", { tabIndex: 0, role: "img", ariaLabel: texts.picture });
+    this.marker = make("div", { className: "patch", hidden: true });
+    this.notice = make("div", { className: "notice", textContent: texts.run });
+    this.frame = make("div", { className: "frame" }, this.canvas, this.marker);
+    this.element = make("div", { className: "stage" }, this.frame, this.notice);
+    this.frame.addEventListener("pointermove", (event) => onPoint(this.#at(event), false));
+    this.frame.addEventListener("pointerleave", () => onPoint(null, false));
+    this.canvas.addEventListener("blur", () => onPoint(null, false));
+    this.canvas.addEventListener("keydown", (event) => this.#walk(event));
+  }
+
+  /** @param {Scene} scene @param {ImageBitmap | null} picture */
+  show(scene, picture) {
+    this.scene = scene;
+    this.#picture = picture;
+    this.#fields.clear();
+    this.#outlines.clear();
+    this.#overlay = null;
+    const foreground = scene.values.subarray(0, scene.shown * scene.grid[0] * scene.grid[1]);
+    this.highest = foreground.reduce((high, v) => Math.max(high, v), 0) || 1;
+    this.notice.hidden = true;
+  }
+
+  /** Mark a patch, or none. @param {Patch | null} patch */
+  mark(patch) {
+    const { scene } = this;
+    this.patch = patch;
+    this.marker.hidden = !patch || !scene;
+    if (!patch || !scene) return;
+    const [row, column] = patch;
+    const [rows, columns] = patches(scene);
+    const { style } = this.marker;
+    style.left = `${(100 * column) / columns}%`;
+    style.top = `${(100 * row) / rows}%`;
+    style.width = `${100 / columns}%`;
+    style.height = `${100 / rows}%`;
+  }
+
+  /** The share of the picture where a concept is above a threshold. @param {number} concept @param {number} threshold */
+  area(concept, threshold) {
+    return this.#field(concept).area(threshold);
+  }
+
+  /** @param {Look} look */
+  draw(look) {
+    const { canvas } = this;
+    const { width, height } = this.#size();
+    const shrink = Math.min(1, LARGEST / Math.max(width, height));
+    canvas.width = Math.round(width * shrink);
+    canvas.height = Math.round(height * shrink);
+    this.frame.style.setProperty("--aspect", `${width / height}`);
+    this.#paint(canvas, look, canvas.width / (canvas.clientWidth || canvas.width));
+  }
+
+  /** The picture as shown with its names, in its own size, as PNG; null of one that is too large. @param {Look} look */
+  copy(look) {
+    const { width, height } = this.#size();
+    const canvas = make("canvas", { width, height });
+    this.#paint(canvas, look, Math.max(width, height) / 640);
+    const { concepts, colours } = /** @type {Scene} */ (this.scene);
+    const named = withNames(canvas, look.drawn.map((i) => ({ name: concepts[i], colour: colours[i] })));
+    return /** @type {Promise<Blob | null>} */ (new Promise((resolve) => named.toBlob(resolve)));
+  }
+
+  /** Height and width of the picture. */
+  #size() {
+    if (this.#picture) return this.#picture;
+    const { width, height } = this.#field(0);
+    const scale = WITHOUT_PICTURE / Math.max(width, height);
+    return { width: Math.round(width * scale), height: Math.round(height * scale) };
+  }
+
+  /** @param {HTMLCanvasElement} canvas @param {Look} look @param {number} pixel how many of its pixels make one on screen */
+  #paint(canvas, { drawn, threshold, opacity }, pixel) {
+    const { colours } = /** @type {Scene} */ (this.scene);
+    const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+    const { width, height } = canvas;
+    context.fillStyle = "black";
+    context.fillRect(0, 0, width, height);
+    if (this.#picture) context.drawImage(this.#picture, 0, 0, width, height);
+    context.globalAlpha = this.#picture ? opacity : 1;
+    context.imageSmoothingQuality = "high";
+    context.drawImage(this.#overlayOf(drawn), 0, 0, width, height);
+    context.globalAlpha = 1;
+    const field = this.#field(drawn[0]);
+    const scale = width / field.width;
+    context.setTransform(scale, 0, 0, height / field.height, 0, 0);
+    context.lineCap = "round";
+    for (const concept of drawn) {
+      const outline = this.#outline(concept, threshold);
+      context.lineWidth = (3.5 * pixel) / scale;
+      context.strokeStyle = "rgb(0 0 0 / 0.7)";
+      context.stroke(outline);
+      context.lineWidth = (1.7 * pixel) / scale;
+      context.strokeStyle = drawn.length === 1 ? "white" : colours[concept];
+      context.stroke(outline);
+    }
+    context.resetTransform();
+  }
+
+  /** @param {number[]} drawn */
+  #overlayOf(drawn) {
+    const key = drawn.join();
+    if (this.#overlay?.key !== key) {
+      const fields = drawn.map((concept) => this.#field(concept));
+      const { colours } = /** @type {Scene} */ (this.scene);
+      const pixels =
+        drawn.length === 1
+          ? heatmap(fields[0], this.highest)
+          : blend(fields, drawn.map((concept) => colours[concept]), this.highest);
+      const canvas = make("canvas", { width: pixels.width, height: pixels.height });
+      canvas.getContext("2d")?.putImageData(pixels, 0, 0);
+      this.#overlay = { key, canvas };
+    }
+    return this.#overlay.canvas;
+  }
+
+  /** @param {number} concept */
+  #field(concept) {
+    let field = this.#fields.get(concept);
+    if (!field) {
+      field = new Field(/** @type {Scene} */ (this.scene), concept);
+      this.#fields.set(concept, field);
+    }
+    return field;
+  }
+
+  /** @param {number} concept @param {number} threshold */
+  #outline(concept, threshold) {
+    if (threshold !== this.#outlinesAt) this.#outlines.clear();
+    this.#outlinesAt = threshold;
+    let outline = this.#outlines.get(concept);
+    if (!outline) {
+      outline = this.#field(concept).outline(threshold);
+      this.#outlines.set(concept, outline);
+    }
+    return outline;
+  }
+
+  /** The patch under the pointer. @param {PointerEvent} event @returns {Patch | null} */
+  #at(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const y = (event.clientY - box.top) / box.height;
+    const x = (event.clientX - box.left) / box.width;
+    if (!this.scene || !(y >= 0 && y < 1 && x >= 0 && x < 1)) return null;
+    const [rows, columns] = patches(this.scene);
+    return [Math.floor(y * rows), Math.floor(x * columns)];
+  }
+
+  /** Arrow keys move over the patches. @param {KeyboardEvent} event */
+  #walk(event) {
+    const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+    const move = moves[/** @type {keyof typeof moves} */ (event.key)];
+    if (event.key === "Escape") this.onPoint(null, true);
+    if (!move || !this.scene) return;
+    event.preventDefault();
+    const [rows, columns] = patches(this.scene);
+    const stride = event.shiftKey ? 8 : 1;
+    const [row, column] = this.patch ?? [Math.floor(rows / 2), Math.floor(columns / 2)];
+    const y = Math.min(rows - 1, Math.max(0, row + stride * move[0]));
+    const x = Math.min(columns - 1, Math.max(0, column + stride * move[1]));
+    this.onPoint([y, x], true);
+  }
+}
+
+/** How many rows and columns of patches the picture has. @param {Scene} scene */
+function patches({ grid, coverage }) {
+  return [Math.round(grid[0] * coverage[0]), Math.round(grid[1] * coverage[1])];
+}
+
+/** The concepts at a patch, highest first. @param {Scene} scene @param {Patch} patch */
+export function ranked({ concepts, colours, grid, values }, [row, column]) {
+  const size = grid[0] * grid[1];
+  const at = row * grid[1] + column;
+  return concepts
+    .map((name, index) => ({ index, name, colour: colours[index], value: values[index * size + at] }))
+    .sort((a, b) => b.value - a.value);
+}
