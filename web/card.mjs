@@ -25,11 +25,11 @@ export class Card {
       const text = fill(texts.more, concepts.length - fitting);
       this.element.append(make("div", { className: "more", textContent: text }));
     }
-    this.#place(stage);
+    this.place(stage);
   }
 
   /** Beside the patch, on the side where there is room. @param {import("./stage.mjs").Stage} stage */
-  #place({ element: stage, frame, marker }) {
+  place({ element: stage, frame, marker }) {
     const card = this.element;
     const x = frame.offsetLeft + marker.offsetLeft;
     const y = frame.offsetTop + marker.offsetTop;

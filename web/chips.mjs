@@ -1,14 +1,13 @@
-import { make } from "./dom.mjs";
+import { make, makeButton } from "./dom.mjs";
 import { texts } from "./texts.mjs";
 
 /** The names of the concepts, to pick some of them. */
 export class Chips {
   #key = "";
-  /** @type {number[]} */
-  #picked = [];
 
   /**
-   * @param {(picked: number[]) => void} onPick none are all
+   * @param {(concept: number | null, add: boolean) => void} onPick a concept, beside those picked before or
+   *   instead of them; null for all
    * @param {(concept: number | null) => void} onHover
    */
   constructor(onPick, onHover) {
@@ -22,12 +21,11 @@ export class Chips {
 
   /** @param {import("./stage.mjs").Scene} scene @param {number[]} picked */
   show({ concepts, colours, shown }, picked) {
-    this.#picked = picked;
     const key = JSON.stringify([concepts, colours, shown]);
     if (key !== this.#key) {
       this.#key = key;
       this.element.replaceChildren(
-        chip(texts.all, null, () => this.onPick([])),
+        chip(texts.all, null, () => this.onPick(null, false)),
         ...concepts.map((name, index) => this.#chip(name, colours[index], index, index >= shown)),
       );
     }
@@ -38,33 +36,23 @@ export class Chips {
 
   /** @param {string} name @param {string} colour @param {number} index @param {boolean} background */
   #chip(name, colour, index, background) {
-    const button = chip(name, colour, (event) => this.#pick(index, event));
+    const button = chip(name, colour, (event) => this.onPick(index, adds(event)));
     button.title = `${name}\n${texts.chip}`;
     button.classList.toggle("background", background);
     for (const type of ["pointerenter", "focus"]) button.addEventListener(type, () => this.onHover(index));
     for (const type of ["pointerleave", "blur"]) button.addEventListener(type, () => this.onHover(null));
     return button;
   }
+}
 
-  /**
-   * This concept alone, or all if it was alone; with Ctrl or Shift it is added or taken away.
-   * @param {number} concept @param {MouseEvent} event
-   */
-  #pick(concept, event) {
-    const picked = this.#picked;
-    const rest = picked.filter((other) => other !== concept);
-    if (event.ctrlKey || event.metaKey || event.shiftKey) {
-      this.onPick(rest.length < picked.length ? rest : [...picked, concept]);
-    } else {
-      this.onPick(picked.length === 1 && picked[0] === concept ? [] : [concept]);
-    }
-  }
+/** Whether a click or key adds to what was picked, or takes away. @param {MouseEvent | KeyboardEvent} event */
+export function adds({ ctrlKey, metaKey, shiftKey }) {
+  return ctrlKey || metaKey || shiftKey;
 }
 
 /** @param {string} text @param {string | null} colour @param {(event: MouseEvent) => void} onClick */
 function chip(text, colour, onClick) {
-  const button = make("button", { type: "button", className: "chip" }, make("span", { textContent: text }));
+  const button = makeButton({ className: "chip" }, onClick, make("span", { textContent: text }));
   if (colour) button.style.setProperty("--colour", colour);
-  button.addEventListener("click", onClick);
   return button;
 }

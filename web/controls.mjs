@@ -1,6 +1,6 @@
 import { MAGMA_GRADIENT } from "./paint.mjs";
 import { Strip } from "./strip.mjs";
-import { make } from "./dom.mjs";
+import { make, makeButton } from "./dom.mjs";
 import { texts } from "./texts.mjs";
 
 /**
@@ -13,7 +13,10 @@ import { texts } from "./texts.mjs";
  * @property {(places: number[]) => void} chooseSteps
  * @property {(by: number) => void} turn
  * @property {() => void} reset
+ * @property {() => void} handOver
  * @property {() => void} copy
+ * @property {(bare: boolean) => void} showBare
+ * @property {() => void} toggleFullScreen
  */
 export class Controls {
   /** @param {Actions} actions */
@@ -37,9 +40,9 @@ export class Controls {
     this.pager = make(
       "span",
       { className: "pager", hidden: true },
-      button("‹", () => actions.turn(-1), { ariaLabel: texts.previous }),
+      makeButton({ textContent: "‹", ariaLabel: texts.previous }, () => actions.turn(-1)),
       this.page,
-      button("›", () => actions.turn(1), { ariaLabel: texts.next }),
+      makeButton({ textContent: "›", ariaLabel: texts.next }, () => actions.turn(1)),
     );
     this.low = make("span");
     this.high = make("span");
@@ -47,9 +50,33 @@ export class Controls {
     gradient.style.background = MAGMA_GRADIENT;
     this.scale = make("span", { className: "scale", hidden: true }, this.low, gradient, this.high);
     this.status = make("span", { className: "status", role: "status" });
-    this.reset = button(texts.reset, actions.reset, { title: texts.resetHint, hidden: true });
-    this.copy = button(texts.copy, actions.copy, { title: texts.copyHint });
-    this.bar = make("div", { className: "bar" }, this.pager, this.scale, this.status, this.reset, this.copy);
+    this.reset = makeButton(
+      { textContent: texts.reset, title: texts.resetHint, hidden: true },
+      actions.reset,
+    );
+    this.handOver = makeButton(
+      { textContent: texts.handOver, title: texts.handOverHint, hidden: true },
+      actions.handOver,
+    );
+    this.copy = makeButton({ textContent: texts.copy, title: texts.copyHint }, actions.copy);
+    this.bare = iconButton("bare", texts.bare, () => {});
+    this.bare.title = texts.bareHint;
+    whileHeld(this.bare, actions.showBare);
+    this.fullScreen = iconButton("full-screen", texts.fullScreen, actions.toggleFullScreen);
+    this.fullScreen.hidden = !document.fullscreenEnabled;
+    // What comes and goes is last, so that nothing moves away under the pointer.
+    this.bar = make(
+      "div",
+      { className: "bar" },
+      this.pager,
+      this.copy,
+      this.bare,
+      this.fullScreen,
+      this.reset,
+      this.handOver,
+      this.scale,
+      this.status,
+    );
   }
 
   /** @param {{threshold: number, opacity: number}} settings */
@@ -59,12 +86,16 @@ export class Controls {
     this.opacity.output.textContent = opacity.toFixed(2);
   }
 
-  /** Which image, layers and steps; none of a run that goes on. @param {import("./selection.mjs").Selection | null} selection */
-  show(selection) {
+  /**
+   * @param {import("./selection.mjs").Selection | null} selection none of a run that goes on
+   * @param {boolean} canHandOver whether there is somewhere to set its layers and steps
+   */
+  show(selection, canHandOver) {
     this.pager.hidden = !selection || selection.view.images.length < 2;
     this.layers.element.hidden = !selection || selection.view.layers.length < 2;
     this.steps.element.hidden = !selection || selection.everyStep.length < 2;
     this.reset.hidden = !selection || selection.isGiven;
+    this.handOver.hidden = !canHandOver;
     this.plain.hidden = this.reset.hidden || selection?.view.grounding === "paper";
     if (!selection) return;
     const { view, image, layers, steps, everyStep, sigma } = selection;
@@ -88,11 +119,23 @@ export class Controls {
   }
 }
 
-/** @param {string} text @param {() => void} onClick @param {Partial<HTMLButtonElement>} properties */
-function button(text, onClick, properties) {
-  const element = make("button", { type: "button", textContent: text, ...properties });
-  element.addEventListener("click", onClick);
-  return element;
+/** @param {string} icon in concept_viewer.css @param {string} name @param {() => void} onClick */
+function iconButton(icon, name, onClick) {
+  return makeButton({ className: "icon", title: name, ariaLabel: name }, onClick, make("i", { className: icon }));
+}
+
+/**
+ * Call back when a button is pressed, by pointer or key, and when it is let go.
+ * @param {HTMLButtonElement} button @param {(held: boolean) => void} onHold
+ */
+function whileHeld(button, onHold) {
+  button.addEventListener("pointerdown", (event) => {
+    if (event.button !== 0) return;
+    button.setPointerCapture(event.pointerId);
+    onHold(true);
+  });
+  button.addEventListener("keydown", ({ key }) => (key === " " || key === "Enter") && onHold(true));
+  for (const end of ["lostpointercapture", "keyup", "blur"]) button.addEventListener(end, () => onHold(false));
 }
 
 /** @param {string} name @param {(value: number) => void} onInput */

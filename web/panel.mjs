@@ -15,6 +15,11 @@
  * @property {number} threshold
  * @property {string[]} picked names of concepts; all of them if empty
  * @property {number} opacity
+ *
+ * Where layers and steps can be set that are looked at here. `handOver` returns the title of the node.
+ * @typedef {object} Upstream
+ * @property {(selection: Selection) => boolean} differs
+ * @property {(selection: Selection) => string | null} handOver
  */
 
 import { Card } from "./card.mjs";
@@ -27,12 +32,13 @@ import { unpack } from "./maps.mjs";
 import { fill, texts } from "./texts.mjs";
 
 export class Panel {
-  /** @type {Selection | null} */
-  #selection = null;
-  /** @type {ImageBitmap | null} */
-  #picture = null;
+  /** What the user chose. @type {Selection | null} */
+  #chosen = null;
+  /** What is on the canvas, or was before a run: the same, unless it is on its way. @type {Selection | null} */
+  #shown = null;
   /** @type {number | null} */
   #hovered = null;
+  #isBare = false;
   /** Whether a run is shown, or about to be. */
   #live = false;
   /** What the status line says of the patch that the keyboard chose. */
@@ -40,21 +46,31 @@ export class Panel {
   /** Answers to all but the latest request are dropped. */
   #request = 0;
   #drawing = 0;
+  /** In Nodes 2.0 the graph takes the wheel before the panel sees it. @param {WheelEvent} event */
+  #keepWheel = (event) => {
+    if (this.isFullScreen) event.stopPropagation();
+  };
 
   /**
    * @param {Loader} load
    * @param {Settings} settings
    * @param {(changed: Partial<Settings>) => void} onChange
+   * @param {Upstream} [upstream]
    */
-  constructor(load, settings, onChange) {
+  constructor(load, settings, onChange, upstream) {
     this.load = load;
     this.settings = settings;
     this.onChange = onChange;
-    this.stage = new Stage((patch, byKey) => this.#point(patch, byKey));
+    this.upstream = upstream;
+    this.stage = new Stage({
+      onPoint: (patch, byKey) => this.#point(patch, byKey),
+      onPick: (patch, add) => this.#pickAt(patch, add),
+      onBare: (bare) => this.#showBare(bare),
+    });
     this.card = new Card();
     this.stage.element.append(this.card.element);
     this.chips = new Chips(
-      (picked) => this.#pick(picked),
+      (concept, add) => this.#pick(concept, add),
       (concept) => {
         this.#hovered = concept;
         this.#redraw();
@@ -63,11 +79,20 @@ export class Panel {
     this.controls = new Controls({
       setOpacity: (opacity) => this.#change({ opacity }),
       setThreshold: (threshold) => this.#change({ threshold }),
-      chooseLayers: (places) => this.#choose((selection) => selection.withLayers(places)),
-      chooseSteps: (places) => this.#choose((selection) => selection.withSteps(places)),
-      reset: () => this.#choose((selection) => selection.reset()),
-      turn: (by) => this.#turn(by),
+      chooseLayers: (places) => this.#open(this.#chosen?.withLayers(places)),
+      chooseSteps: (places) => this.#open(this.#chosen?.withSteps(places)),
+      reset: () => this.#open(this.#chosen?.reset()),
+      turn: (by) => {
+        this.#point(null, false);
+        this.#open(this.#chosen?.turned(by));
+      },
+      handOver: () => this.#handOver(),
       copy: () => this.#copy(),
+      showBare: (bare) => this.#showBare(bare),
+      toggleFullScreen: () => {
+        if (this.isFullScreen) document.exitFullscreen();
+        else this.element.requestFullscreen();
+      },
     });
     this.status = this.controls.status;
     this.element = make(
@@ -78,8 +103,16 @@ export class Panel {
       this.controls.element,
       this.controls.bar,
     );
-    this.resizing = new ResizeObserver(() => this.#redraw());
+    window.addEventListener("wheel", this.#keepWheel, true);
+    this.element.addEventListener("fullscreenchange", () => this.#adapt());
+    // The graph may have changed since.
+    this.element.addEventListener("pointerenter", () => this.#showSelection());
+    this.resizing = new ResizeObserver(() => {
+      if (this.stage.patch) this.card.place(this.stage);
+      this.#redraw();
+    });
     this.resizing.observe(this.stage.element);
+    this.resizing.observe(this.stage.frame);
     this.#update();
   }
 
@@ -91,10 +124,9 @@ export class Panel {
 
   /** Show the result of a run, unless it is shown. @param {View} view */
   async show(view) {
-    if (view.key === this.#selection?.view.key && !this.#live) return;
-    const image = Math.min(this.#selection?.image ?? 0, view.images.length - 1);
-    this.#selection = Selection.of(view, this.load, image);
-    await this.#open();
+    if (view.key === this.#chosen?.view.key && !this.#live) return;
+    const image = Math.min(this.#chosen?.image ?? 0, view.images.length - 1);
+    await this.#open(Selection.of(view, this.load, image));
   }
 
   /** Show maps of a run that is still going on. @param {LiveView} live @param {Blob | undefined} preview */
@@ -111,8 +143,7 @@ export class Panel {
     if (request !== this.#request) return;
     const values = new Float32Array(size);
     frames.addTo(values, [0]);
-    this.#picture = picture;
-    this.#setScene({ concepts, colours, shown, grid, coverage, values });
+    this.#setScene({ concepts, colours, shown, grid, coverage, values, picture });
     this.status.textContent = fill(texts.sampling, live.evaluations);
     this.#end(request);
   }
@@ -123,32 +154,41 @@ export class Panel {
     // Maps that are still being unpacked come too late.
     const request = this.#begin();
     this.status.textContent = "";
-    if (this.#selection) await this.#open();
+    if (this.#shown) await this.#open(this.#shown);
     this.#end(request);
   }
 
   dispose() {
+    window.removeEventListener("wheel", this.#keepWheel, true);
     this.resizing.disconnect();
     this.#request++;
   }
 
-  async #open() {
-    const selection = /** @type {Selection} */ (this.#selection);
+  get isFullScreen() {
+    return document.fullscreenElement === this.element;
+  }
+
+  /** Show a selection; if it does not come, what was shown before stays. @param {Selection | undefined} selection */
+  async #open(selection) {
+    if (!selection) return;
+    this.#chosen = selection;
+    this.#update();
     const request = this.#begin();
+    const waiting = setTimeout(() => {
+      if (request === this.#request) this.status.textContent = texts.loading;
+    }, 150);
     try {
-      const [scene, picture] = await Promise.all([
-        selection.scene(),
-        this.#loadPicture(selection.view.images[selection.image].picture),
-      ]);
+      const scene = await selection.scene();
       if (request !== this.#request) return;
       this.#live = false;
-      this.#picture = picture;
+      this.#shown = selection;
       this.#setScene(scene);
       this.status.textContent = "";
       this.#forget();
     } catch (error) {
       if (request === this.#request) this.#fail(error);
     } finally {
+      clearTimeout(waiting);
       this.#end(request);
     }
   }
@@ -163,50 +203,18 @@ export class Panel {
     if (request === this.#request) this.element.ariaBusy = "false";
   }
 
-  /** @param {import("./maps.mjs").TemporaryFile | null} file */
-  async #loadPicture(file) {
-    if (!file) return null;
-    const response = await this.load.file(file);
-    return response.ok ? createImageBitmap(await response.blob()) : null;
-  }
-
   /** @param {unknown} error */
   #fail(error) {
     const message = error instanceof Error ? error.message : `${error}`;
+    this.#chosen = this.#shown;
+    this.#update();
     if (this.stage.scene) this.status.textContent = message;
     else this.stage.notice.textContent = message;
   }
 
-  /** Look at other layers or steps. @param {(selection: Selection) => Selection} other */
-  async #choose(other) {
-    const selection = other(/** @type {Selection} */ (this.#selection));
-    this.#selection = selection;
-    this.#update();
-    const request = this.#begin();
-    const waiting = setTimeout(() => (this.status.textContent = texts.loading), 150);
-    try {
-      const scene = await selection.scene();
-      if (request !== this.#request) return;
-      this.status.textContent = "";
-      this.#setScene(scene);
-    } catch (error) {
-      if (request === this.#request) this.#fail(error);
-    } finally {
-      clearTimeout(waiting);
-      this.#end(request);
-    }
-  }
-
-  /** @param {number} by */
-  #turn(by) {
-    this.#selection = /** @type {Selection} */ (this.#selection).turned(by);
-    this.#point(null, false);
-    this.#open();
-  }
-
   /** @param {Scene} scene */
   #setScene(scene) {
-    this.stage.show(scene, this.#picture);
+    this.stage.show(scene);
     this.#update();
     if (this.stage.patch) this.#point(this.stage.patch, false);
   }
@@ -216,9 +224,33 @@ export class Panel {
     const { scene } = this.stage;
     this.element.classList.toggle("empty", !scene);
     this.controls.set(this.settings);
-    this.controls.show(this.#live ? null : this.#selection);
+    this.controls.bare.hidden = !scene?.picture;
+    this.#showSelection();
     if (scene) this.chips.show(scene, this.#picked());
     this.#redraw();
+  }
+
+  #showSelection() {
+    const selection = this.#live ? null : this.#chosen;
+    const canHandOver = !!selection && !selection.isGiven && !!this.upstream?.differs(selection);
+    this.controls.show(selection, canHandOver);
+  }
+
+  #handOver() {
+    const title = this.#chosen && this.upstream?.handOver(this.#chosen);
+    this.#showSelection();
+    if (title) this.status.textContent = fill(texts.handedOver, title);
+  }
+
+  /** To full screen, or back from it. */
+  #adapt() {
+    const { isFullScreen } = this;
+    const { fullScreen } = this.controls;
+    fullScreen.ariaLabel = fullScreen.title = isFullScreen ? texts.leaveFullScreen : texts.fullScreen;
+    // Keys are to stay here then, wherever was clicked: behind it is the graph.
+    if (!isFullScreen) return this.element.removeAttribute("tabindex");
+    this.element.tabIndex = -1;
+    if (!this.element.contains(document.activeElement)) this.element.focus();
   }
 
   /** @param {Partial<Settings>} changed */
@@ -234,8 +266,25 @@ export class Panel {
     return concepts.flatMap((name, index) => (picked.has(name.toLowerCase()) ? [index] : []));
   }
 
+  /**
+   * Pick a concept alone, or all if it was alone; `add` it to the others, or take it away. Null picks all.
+   * @param {number | null} concept @param {boolean} add
+   */
+  #pick(concept, add) {
+    const picked = this.#picked();
+    const rest = picked.filter((other) => other !== concept);
+    if (concept === null) this.#setPicked([]);
+    else if (add) this.#setPicked(rest.length < picked.length ? rest : [...picked, concept]);
+    else this.#setPicked(picked.length === 1 && !rest.length ? [] : [concept]);
+  }
+
+  /** Pick the concept that is highest at a patch. @param {import("./stage.mjs").Patch} patch @param {boolean} add */
+  #pickAt(patch, add) {
+    if (this.stage.scene) this.#pick(ranked(this.stage.scene, patch)[0].index, add);
+  }
+
   /** @param {number[]} picked */
-  #pick(picked) {
+  #setPicked(picked) {
     const concepts = this.stage.scene?.concepts ?? [];
     this.#hovered = null;
     this.#change({ picked: concepts.filter((_, index) => picked.includes(index)) });
@@ -245,14 +294,22 @@ export class Panel {
   #forget() {
     const picked = this.#picked();
     const names = picked.map((index) => this.stage.scene?.concepts[index]);
-    if (names.join() !== this.settings.picked.join()) this.#pick(picked);
+    if (names.join() !== this.settings.picked.join()) this.#setPicked(picked);
+  }
+
+  /** Show the picture alone, or the maps on it again. @param {boolean} bare */
+  #showBare(bare) {
+    this.#isBare = bare;
+    this.element.classList.toggle("bare", bare);
+    this.#redraw();
   }
 
   /** @param {Scene} scene @returns {import("./stage.mjs").Look} */
   #look({ shown }) {
     const { threshold, opacity } = this.settings;
     const picked = this.#hovered === null ? this.#picked() : [this.#hovered];
-    return { drawn: picked.length ? picked : [...Array(shown).keys()], threshold, opacity };
+    const drawn = picked.length ? picked : [...Array(shown).keys()];
+    return { drawn, threshold, opacity, bare: this.#isBare };
   }
 
   #redraw() {

@@ -67,8 +67,11 @@ export class Selection {
   /** What is on the canvas, once it has come. @returns {Promise<import("./stage.mjs").Scene>} */
   async scene() {
     const { concepts, colours, shown, grid, coverage } = this.view;
-    const values = await this.recorded.mean(this.layers, this.evaluations);
-    return { concepts, colours, shown, grid, coverage, values };
+    const [values, picture] = await Promise.all([
+      this.recorded.mean(this.layers, this.evaluations),
+      this.recorded.picture(),
+    ]);
+    return { concepts, colours, shown, grid, coverage, values, picture };
   }
 }
 

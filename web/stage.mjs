@@ -4,22 +4,31 @@
  * @typedef {import("./paint.mjs").Maps} Maps
  *
  * What is on the canvas.
- * @typedef {Pick<import("./maps.mjs").View, "concepts" | "colours" | "shown"> & Maps} Scene
+ * @typedef {Pick<import("./maps.mjs").View, "concepts" | "colours" | "shown"> & Maps
+ *   & {picture: ImageBitmap | null}} Scene
  *
- * How it is drawn: the concepts, by their indexes, and where their outlines run.
- * @typedef {{drawn: number[], threshold: number, opacity: number}} Look
+ * How it is drawn: the concepts, by their indexes, and where their outlines run. `bare` is the picture alone.
+ * @typedef {{drawn: number[], threshold: number, opacity: number, bare: boolean}} Look
+ *
+ * @typedef {object} Listener
+ * @property {(patch: Patch | null, byKey: boolean) => void} onPoint
+ * @property {(patch: Patch, add: boolean) => void} onPick
+ * @property {(bare: boolean) => void} onBare the picture alone is wanted, or no more
  *
  * A row and a column.
  * @typedef {[number, number]} Patch
  */
 
 import { Field, blend, heatmap } from "./paint.mjs";
+import { adds } from "./chips.mjs";
 import { make } from "./dom.mjs";
 import { withNames } from "./names.mjs";
 import { texts } from "./texts.mjs";
 
-/** The most pixels along a side that are drawn on screen; copying takes the picture's own size. */
+/** The most pixels along a side that are drawn where it is shown smaller; copying takes the picture's own size. */
 const LARGEST = 1536;
+/** Milliseconds after which a press no longer picks but shows the picture alone. */
+const LONG = 250;
 /** Pixels along the longer side where there is no picture. */
 const WITHOUT_PICTURE = 512;
 
@@ -30,8 +39,9 @@ export class Stage {
   highest = 1;
   /** The patch that is looked at. @type {Patch | null} */
   patch = null;
-  /** @type {ImageBitmap | null} */
-  #picture = null;
+  /** Until a press is a long one. */
+  #pressing = 0;
+  #isBare = false;
   /** @type {Map<number, Field>} */
   #fields = new Map();
   /** @type {Map<number, Path2D>} */
@@ -40,24 +50,36 @@ export class Stage {
   /** @type {{key: string, canvas: HTMLCanvasElement} | null} */
   #overlay = null;
 
-  /** @param {(patch: Patch | null, byKey: boolean) => void} onPoint */
-  constructor(onPoint) {
-    this.onPoint = onPoint;
-    this.canvas = make("canvas", { tabIndex: 0, role: "img", ariaLabel: texts.picture });
+  /** @param {Listener} listener */
+  constructor(listener) {
+    this.listener = listener;
+    this.canvas = make("canvas", { tabIndex: 0, role: "application", ariaLabel: texts.picture });
     this.marker = make("div", { className: "patch", hidden: true });
     this.notice = make("div", { className: "notice", textContent: texts.run });
     this.frame = make("div", { className: "frame" }, this.canvas, this.marker);
     this.element = make("div", { className: "stage" }, this.frame, this.notice);
-    this.frame.addEventListener("pointermove", (event) => onPoint(this.#at(event), false));
-    this.frame.addEventListener("pointerleave", () => onPoint(null, false));
-    this.canvas.addEventListener("blur", () => onPoint(null, false));
-    this.canvas.addEventListener("keydown", (event) => this.#walk(event));
+    this.frame.addEventListener("pointermove", (event) => listener.onPoint(this.#at(event), false));
+    this.frame.addEventListener("pointerleave", () => listener.onPoint(null, false));
+    this.frame.addEventListener("pointerdown", (event) => this.#press(event));
+    this.frame.addEventListener("pointerup", (event) => this.#release(event));
+    this.frame.addEventListener("pointercancel", () => this.#unveil(false));
+    this.frame.addEventListener("contextmenu", (event) => {
+      // What a long touch asks for as well.
+      if (!this.#isBare) return;
+      event.preventDefault();
+      event.stopPropagation();
+    });
+    this.canvas.addEventListener("blur", () => {
+      this.#unveil(false);
+      listener.onPoint(null, false);
+    });
+    this.canvas.addEventListener("keydown", (event) => this.#key(event));
+    this.canvas.addEventListener("keyup", (event) => event.key === " " && this.#unveil(false));
   }
 
-  /** @param {Scene} scene @param {ImageBitmap | null} picture */
-  show(scene, picture) {
+  /** @param {Scene} scene */
+  show(scene) {
     this.scene = scene;
-    this.#picture = picture;
     this.#fields.clear();
     this.#outlines.clear();
     this.#overlay = null;
@@ -90,7 +112,8 @@ export class Stage {
   draw(look) {
     const { canvas } = this;
     const { width, height } = this.#size();
-    const shrink = Math.min(1, LARGEST / Math.max(width, height));
+    const onScreen = devicePixelRatio * Math.max(canvas.clientWidth, canvas.clientHeight);
+    const shrink = Math.min(1, Math.max(LARGEST, onScreen) / Math.max(width, height));
     canvas.width = Math.round(width * shrink);
     canvas.height = Math.round(height * shrink);
     this.frame.style.setProperty("--aspect", `${width / height}`);
@@ -109,21 +132,23 @@ export class Stage {
 
   /** Height and width of the picture. */
   #size() {
-    if (this.#picture) return this.#picture;
+    const picture = this.scene?.picture;
+    if (picture) return picture;
     const { width, height } = this.#field(0);
     const scale = WITHOUT_PICTURE / Math.max(width, height);
     return { width: Math.round(width * scale), height: Math.round(height * scale) };
   }
 
   /** @param {HTMLCanvasElement} canvas @param {Look} look @param {number} pixel how many of its pixels make one on screen */
-  #paint(canvas, { drawn, threshold, opacity }, pixel) {
-    const { colours } = /** @type {Scene} */ (this.scene);
+  #paint(canvas, { drawn, threshold, opacity, bare }, pixel) {
+    const { colours, picture } = /** @type {Scene} */ (this.scene);
     const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
     const { width, height } = canvas;
     context.fillStyle = "black";
     context.fillRect(0, 0, width, height);
-    if (this.#picture) context.drawImage(this.#picture, 0, 0, width, height);
-    context.globalAlpha = this.#picture ? opacity : 1;
+    if (picture) context.drawImage(picture, 0, 0, width, height);
+    if (picture && bare) return;
+    context.globalAlpha = picture ? opacity : 1;
     context.imageSmoothingQuality = "high";
     context.drawImage(this.#overlayOf(drawn), 0, 0, width, height);
     context.globalAlpha = 1;
@@ -192,21 +217,58 @@ export class Stage {
     return [Math.floor(y * rows), Math.floor(x * columns)];
   }
 
-  /** Arrow keys move over the patches. @param {KeyboardEvent} event */
-  #walk(event) {
-    const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-    const move = moves[/** @type {keyof typeof moves} */ (event.key)];
-    if (event.key === "Escape") this.onPoint(null, true);
-    if (!move || !this.scene) return;
+  /** What is there is picked on release; a long press shows the picture alone. @param {PointerEvent} event */
+  #press(event) {
+    if (event.button !== 0 || !this.scene) return;
+    this.frame.setPointerCapture(event.pointerId);
+    this.#pressing = setTimeout(() => {
+      this.#pressing = 0;
+      this.#unveil(true);
+    }, LONG);
+  }
+
+  /** @param {PointerEvent} event */
+  #release(event) {
+    const patch = this.#at(event);
+    if (this.#pressing && patch) this.listener.onPick(patch, adds(event));
+    this.#unveil(false);
+  }
+
+  /** Show the picture alone, or the maps again. @param {boolean} bare */
+  #unveil(bare) {
+    clearTimeout(this.#pressing);
+    this.#pressing = 0;
+    if (bare === this.#isBare) return;
+    this.#isBare = bare;
+    this.listener.onBare(bare);
+  }
+
+  /**
+   * Arrow keys move over the patches, Enter picks what is there, and Space shows the picture alone.
+   * @param {KeyboardEvent} event
+   */
+  #key(event) {
+    if (!this.scene || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Escape") this.listener.onPoint(null, true);
+    else if (event.key === " ") this.#unveil(true);
+    else if (event.key === "Enter" && this.patch) this.listener.onPick(this.patch, adds(event));
+    else if (event.key in MOVES) this.#walk(/** @type {keyof typeof MOVES} */ (event.key), event.shiftKey ? 8 : 1);
+    else return;
     event.preventDefault();
-    const [rows, columns] = patches(this.scene);
-    const stride = event.shiftKey ? 8 : 1;
+  }
+
+  /** @param {keyof typeof MOVES} key @param {number} stride */
+  #walk(key, stride) {
+    const [rows, columns] = patches(/** @type {Scene} */ (this.scene));
     const [row, column] = this.patch ?? [Math.floor(rows / 2), Math.floor(columns / 2)];
-    const y = Math.min(rows - 1, Math.max(0, row + stride * move[0]));
-    const x = Math.min(columns - 1, Math.max(0, column + stride * move[1]));
-    this.onPoint([y, x], true);
+    const [down, right] = MOVES[key];
+    const y = Math.min(rows - 1, Math.max(0, row + stride * down));
+    const x = Math.min(columns - 1, Math.max(0, column + stride * right));
+    this.listener.onPoint([y, x], true);
   }
 }
+
+const MOVES = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
 /** How many rows and columns of patches the picture has. @param {Scene} scene */
 function patches({ grid, coverage }) {
