@@ -4,7 +4,7 @@ import { make, makeButton } from "./dom.mjs";
 import { texts } from "./texts.mjs";
 
 /**
- * What is below the picture: sliders, strips, and a bar of buttons around the status line.
+ * What is below the picture: sliders, strips, a bar of buttons, and a line that says what is shown.
  *
  * @typedef {object} Actions
  * @property {(value: number) => void} setOpacity
@@ -74,9 +74,9 @@ export class Controls {
       this.fullScreen,
       this.reset,
       this.handOver,
-      this.scale,
-      this.status,
     );
+    // A line of its own: what is above stays where it is when these come and go.
+    this.info = make("div", { className: "info" }, this.scale, this.status);
   }
 
   /** @param {{threshold: number, opacity: number}} settings */

@@ -102,6 +102,7 @@ export class Panel {
       this.chips.element,
       this.controls.element,
       this.controls.bar,
+      this.controls.info,
     );
     window.addEventListener("wheel", this.#keepWheel, true);
     this.element.addEventListener("fullscreenchange", () => this.#adapt());
