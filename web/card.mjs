@@ -2,6 +2,9 @@ import { make } from "./dom.mjs";
 import { fill, texts } from "./texts.mjs";
 
 const MOST_ROWS = 8;
+/** Pixels that a row takes, and what is around the rows. */
+const ROW = 17;
+const AROUND = 18;
 
 /** The concepts at a patch of the picture, beside it. */
 export class Card {
@@ -18,7 +21,9 @@ export class Card {
    * @param {import("./stage.mjs").Stage} stage
    */
   show(concepts, stage) {
-    const fitting = Math.max(3, Math.min(MOST_ROWS, Math.floor((stage.element.clientHeight - 40) / 18)));
+    const room = Math.floor((stage.element.clientHeight - AROUND) / ROW);
+    // The last row says how many more there are.
+    const fitting = Math.min(MOST_ROWS, concepts.length > room ? Math.max(3, room - 1) : room);
     this.element.hidden = false;
     this.element.replaceChildren(...concepts.slice(0, fitting).map(row));
     if (concepts.length > fitting) {

@@ -221,10 +221,7 @@ export class Stage {
   #press(event) {
     if (event.button !== 0 || !this.scene) return;
     this.frame.setPointerCapture(event.pointerId);
-    this.#pressing = setTimeout(() => {
-      this.#pressing = 0;
-      this.#unveil(true);
-    }, LONG);
+    this.#pressing = setTimeout(() => this.#unveil(true), LONG);
   }
 
   /** @param {PointerEvent} event */
@@ -234,8 +231,9 @@ export class Stage {
     this.#unveil(false);
   }
 
-  /** Show the picture alone, or the maps again. @param {boolean} bare */
+  /** Show the picture alone, if there is one, or the maps again. @param {boolean} bare */
   #unveil(bare) {
+    if (bare && !this.scene?.picture) return;
     clearTimeout(this.#pressing);
     this.#pressing = 0;
     if (bare === this.#isBare) return;
