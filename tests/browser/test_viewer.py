@@ -110,7 +110,8 @@ class Viewer:
     def graph() -> dict:
         size = {"batch": BATCH, "rows": ROWS, "columns": COLUMNS}
         return {
-            "1": {"class_type": "TestMadeUpMaps", "inputs": {**size, "softmax": True}},
+            # The front end would take what is not given from the workflow before.
+            "1": {"class_type": "TestMadeUpMaps", "inputs": {**size, "softmax": True, "grounding": "paper"}},
             "2": {
                 "class_type": "ConceptViewer",
                 "inputs": {"maps": ["1", 0], "image": ["1", 1], "threshold": 0.5, "concept": ""},
@@ -940,6 +941,7 @@ def test_a_copy_has_a_view_of_its_own(viewer):
     )
     viewer.run()
     chips = viewer.page.locator(".concept-viewer").nth(1).locator(".chip")
+    chips.first.wait_for()
     assert chips.locator("xpath=self::*[@aria-pressed='true']").all_text_contents() == ["rock"]
     chips.get_by_text("sky").click()
     assert viewer.pressed() == ["rock"]
