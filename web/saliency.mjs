@@ -1,19 +1,15 @@
 /**
  * The Concept Saliency that a viewer's maps come from, to set the layers and steps there that the viewer shows.
  *
- * @typedef {import("@comfyorg/comfyui-frontend-types").ComfyExtension} ComfyExtension
- * @typedef {Parameters<NonNullable<ComfyExtension["nodeCreated"]>>[0]} LGraphNode
- * @typedef {NonNullable<LGraphNode["graph"]>} Graph
+ * @typedef {import("./graph.mjs").LGraphNode} LGraphNode
  * @typedef {import("./selection.mjs").Selection} Selection
  */
 
 import { app } from "../../scripts/app.js";
+import { source } from "./graph.mjs";
 import { chosenEvaluations, same } from "./maps.mjs";
 
 const SALIENCY = "ConceptSaliency";
-/** LiteGraph's mode of nodes that are bypassed, and of those that are muted. */
-const BYPASSED = 4;
-const MUTED = 2;
 /** Concept Saliency's end_step where it takes every step. */
 const NO_END = 10000;
 
@@ -76,37 +72,7 @@ function freeWidget(node, name) {
 
 /** @param {LGraphNode} viewer */
 function saliencyBefore(viewer) {
-  const slot = viewer.inputs.findIndex(({ name }) => name === "maps");
-  const { graph } = viewer;
-  const node = graph && giver(graph, viewer.inputs[slot]?.link, viewer.inputs[slot]?.type);
+  const input = viewer.inputs.find(({ name }) => name === "maps");
+  const node = viewer.graph && source(viewer.graph, input?.link, input?.type);
   return node?.comfyClass === SALIENCY ? node : null;
-}
-
-/**
- * The node that a link's value comes from in a run: through reroutes, bypassed nodes, and into and out of
- * subgraphs. Null where a subgraph is used several times, which gives as many values.
- * @param {Graph} graph @param {LGraphNode["inputs"][number]["link"] | undefined} id
- * @param {any} type
- * @returns {LGraphNode | null}
- */
-function giver(graph, id, type) {
-  const link = graph.getLink(id);
-  if (!link) return null;
-  if (link.originIsIoNode) {
-    const { rootGraph } = graph;
-    const everywhere = [rootGraph, ...rootGraph.subgraphs.values()].flatMap((one) => one.nodes);
-    const around = everywhere.filter((node) => node.isSubgraphNode() && node.subgraph === graph);
-    if (around.length !== 1 || !around[0].graph) return null;
-    return giver(around[0].graph, around[0].inputs[link.origin_slot]?.link, type);
-  }
-  const node = graph.getNodeById(link.origin_id);
-  if (!node || node.mode === MUTED) return null;
-  if (node.mode === BYPASSED) {
-    return giver(graph, node.inputs.find((input) => `${input.type}`.split(",").includes(type))?.link, type);
-  }
-  if (node.isSubgraphNode()) {
-    return giver(node.subgraph, node.subgraph.outputNode.slots[link.origin_slot].getLinks()[0]?.id, type);
-  }
-  if (node.isVirtualNode) return giver(graph, node.inputs[link.origin_slot]?.link, type);
-  return node;
 }
