@@ -1,6 +1,8 @@
 """What the browser tests run on ComfyUI's page."""
 
-READY = "window.app?.extensionManager && !!window.LiteGraph?.registered_node_types.ConceptViewer"
+# Also when the workflow that the page begins with is there, which would replace one that is loaded before.
+READY = """window.app?.extensionManager?.workflow?.activeWorkflow
+    && !!window.LiteGraph?.registered_node_types.ConceptViewer"""
 
 # Queues the workflow; "execution_success ..." or "execution_error ..." when it ends.
 RUN = """async () => {

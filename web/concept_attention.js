@@ -4,6 +4,7 @@
  * @typedef {import("@comfyorg/comfyui-frontend-types").ComfyExtension} ComfyExtension
  * @typedef {Parameters<NonNullable<ComfyExtension["nodeCreated"]>>[0]} LGraphNode
  * @typedef {import("./maps.mjs").View} View
+ * @typedef {import("./selection.mjs").Selection} Selection
  *
  * Maps of a run that was queued from `workflow`, for `nodes` of it, by their execution ids and classes.
  * @typedef {import("./panel.mjs").LiveView
@@ -15,6 +16,7 @@ import { api } from "../../scripts/api.js";
 import { andBefore } from "./graph.mjs";
 import { splitNames } from "./concepts.mjs";
 import { Panel } from "./panel.mjs";
+import { differs, handOver } from "./saliency.mjs";
 import { texts } from "./texts.mjs";
 
 const LIVE_PREVIEW = "ConceptAttention.LivePreview";
@@ -56,22 +58,33 @@ function addPanel(node, panel) {
   // @ts-expect-error the package of types leaves addDOMWidget out
   const widget = node.addDOMWidget("view", `concept_viewer_${++widgets}`, element, {
     hideOnZoom: false,
+    hideInPanel: true,
     serialize: false,
     getMinHeight: () => HEIGHT,
   });
   widget.serialize = false;
+  // The front end's side panel sets the width that a widget of a type that it does not know has there, and
+  // the node would draw it that wide from then on. Without one it takes the node's.
+  Object.defineProperty(widget, "width", { get: () => undefined, set: () => {} });
   element.addEventListener("keydown", (event) => {
     // Keys that work here are no shortcuts of the graph.
     if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
   });
   element.addEventListener("wheel", (event) => {
+    if (element.scrollHeight > element.clientHeight) event.stopPropagation();
     // In Nodes 2.0 it reaches the graph by itself.
-    if (!LiteGraph.vueNodesMode) app.canvas.processMouseWheel(event);
+    else if (!LiteGraph.vueNodesMode) app.canvas.processMouseWheel(event);
   });
-  // The middle button drags the graph, from here as from everywhere.
-  element.addEventListener("pointerdown", (event) => event.button === 1 && app.canvas.processMouseDown(event));
-  element.addEventListener("pointermove", (event) => event.buttons & 4 && app.canvas.processMouseMove(event));
-  element.addEventListener("pointerup", (event) => event.button === 1 && app.canvas.processMouseUp(event));
+  // The middle button drags the graph, from here as from everywhere on it.
+  element.addEventListener("pointerdown", (event) => {
+    if (event.button === 1 && !panel.isFullScreen) app.canvas.processMouseDown(event);
+  });
+  element.addEventListener("pointermove", (event) => {
+    if (event.buttons & 4 && !panel.isFullScreen) app.canvas.processMouseMove(event);
+  });
+  element.addEventListener("pointerup", (event) => {
+    if (event.button === 1 && !panel.isFullScreen) app.canvas.processMouseUp(event);
+  });
   panels.set(node, panel);
   chain(node, "onRemoved", () => {
     live.delete(node);
@@ -110,15 +123,18 @@ function addViewer(node) {
     picked: splitNames(String(concept.value)),
     opacity: Number(node.properties[OPACITY] ?? DEFAULT_OPACITY),
   });
-  const panel = addPanel(
-    node,
-    new Panel(load, settings(), (changed) => {
-      if (changed.threshold !== undefined) threshold.value = changed.threshold;
-      if (changed.picked) concept.value = changed.picked.join(", ");
-      if (changed.opacity !== undefined) node.properties[OPACITY] = changed.opacity;
-      node.setDirtyCanvas(true, true);
-    }),
-  );
+  /** @param {Partial<import("./panel.mjs").Settings>} changed */
+  const keep = (changed) => {
+    if (changed.threshold !== undefined) threshold.value = changed.threshold;
+    if (changed.picked) concept.value = changed.picked.join(", ");
+    if (changed.opacity !== undefined) node.properties[OPACITY] = changed.opacity;
+    node.setDirtyCanvas(true, true);
+  };
+  const upstream = {
+    differs: (/** @type {Selection} */ selection) => differs(node, selection),
+    handOver: (/** @type {Selection} */ selection) => handOver(node, selection),
+  };
+  const panel = addPanel(node, new Panel(load, settings(), keep, upstream));
   for (const widget of [threshold, concept]) {
     widget.hidden = true;
     widget.options.hidden = true;

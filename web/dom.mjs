@@ -11,3 +11,14 @@ export function make(tag, properties = {}, ...children) {
   element.append(...children);
   return element;
 }
+
+/**
+ * A button.
+ * @param {Partial<HTMLButtonElement>} properties @param {(event: MouseEvent) => void} onClick
+ * @param {(Node | string)[]} children
+ */
+export function makeButton(properties, onClick, ...children) {
+  const button = make("button", { type: "button", ...properties }, ...children);
+  button.addEventListener("click", onClick);
+  return button;
+}

@@ -58,10 +58,12 @@ export async function unpack(packet, size) {
   return new Frames(await new Response(stream).arrayBuffer(), size);
 }
 
-/** The recorded maps of one image, fetched when somebody looks at them. */
+/** The recorded maps of one image and its picture, fetched when somebody looks at them. */
 export class RecordedMaps {
   /** @type {Map<string, Promise<Frames>>} */
   #fetched = new Map();
+  /** @type {Promise<ImageBitmap> | null} */
+  #picture = null;
 
   /** @param {View} view @param {number} image @param {Loader} load */
   constructor(view, image, load) {
@@ -101,6 +103,14 @@ export class RecordedMaps {
     return view.softmax ? values.map((v) => v / count) : stretched(values);
   }
 
+  async picture() {
+    const { picture } = this.view.images[this.image];
+    if (!picture) return null;
+    this.#picture ??= received(this.load.file(picture), createImageBitmap);
+    this.#picture.catch(() => (this.#picture = null));
+    return this.#picture;
+  }
+
   /** @param {string} name */
   #frames(name) {
     let frames = this.#fetched.get(name);
@@ -113,14 +123,31 @@ export class RecordedMaps {
   }
 
   /** @param {string} name */
-  async #fetch(name) {
+  #fetch(name) {
     const { view, image, load } = this;
-    const response = await (name === "chosen"
-      ? load.file(view.images[image].maps)
-      : load.frames(view.key, view.images[image].recorded, name));
-    if (!response.ok) throw new Error(texts.gone);
-    return unpack(await response.blob(), this.size);
+    const asked =
+      name === "chosen"
+        ? load.file(view.images[image].maps)
+        : load.frames(view.key, view.images[image].recorded, name);
+    return received(asked, (packet) => unpack(packet, this.size));
   }
+}
+
+/**
+ * What ComfyUI was asked for; fails with a message for the user.
+ * @template T
+ * @param {Promise<Response>} asked @param {(content: Blob) => Promise<T>} decode
+ */
+async function received(asked, decode) {
+  let message = texts.failed;
+  try {
+    const response = await asked;
+    if (response.ok) return await decode(await response.blob());
+    if (response.status === 404 || response.status === 410) message = texts.gone;
+  } catch (error) {
+    console.info("Concept Attention: the maps or the picture did not arrive.", error);
+  }
+  throw new Error(message);
 }
 
 /** The evaluations in the steps that the node was given. @param {View} view */

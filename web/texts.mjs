@@ -3,7 +3,7 @@
  * %s stands for a number or a name.
  */
 export const texts = {
-  picture: "Picture with concept maps. The arrow keys move from patch to patch.",
+  picture: "Picture with concept maps. The arrow keys move from patch to patch, Enter picks the concept there, Space shows the picture alone.",
   run: "Run the workflow to see the concept maps.",
   concepts: "Concepts",
   all: "All",
@@ -18,6 +18,13 @@ export const texts = {
   next: "Next image",
   reset: "Reset",
   resetHint: "Back to the layers and steps of Concept Saliency",
+  handOver: "Apply",
+  handOverHint: "Set these layers and steps in Concept Saliency",
+  handedOver: "Set in %s. Run the workflow to get these maps.",
+  bare: "Picture alone",
+  bareHint: "Hold to see the picture alone, here or on the picture itself",
+  fullScreen: "Full screen",
+  leaveFullScreen: "Leave full screen",
   copy: "Copy",
   copyHint: "Copy the picture as shown",
   copied: "Copied",
@@ -28,6 +35,7 @@ export const texts = {
   more: "%s more below",
   plain: "Without anchor propagation: layers and steps are shown as in the paper.",
   gone: "ComfyUI no longer has these maps. Run the workflow again to see them.",
+  failed: "The maps did not arrive. Is ComfyUI still running?",
 };
 
 /** @param {string} text @param {string | number} value */

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,46 @@ HEAR = """async () => {
     }
 }"""
 VIEWER = "app.graph.nodes.find((n) => n.comfyClass === 'ConceptViewer')"
+SALIENCY = "app.graph.nodes.find((n) => n.comfyClass === 'ConceptSaliency')"
+PALETTES = ("dark", "light", "solarized", "arc", "nord", "github")
+# The least contrast that WCAG 2 asks for.
+READABLE = 4.5
+# That of every text in the panel, on what is behind it.
+CONTRASTS = """() => {
+    const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    const over = (colours) => {
+        context.clearRect(0, 0, 1, 1);
+        for (const colour of colours) {
+            context.fillStyle = colour;
+            context.fillRect(0, 0, 1, 1);
+        }
+        return context.getImageData(0, 0, 1, 1).data;
+    };
+    const linear = (v) => (v > 0.04045 ? ((v + 0.055) / 1.055) ** 2.4 : v / 12.92);
+    const luminance = (rgb) => {
+        const [r, g, b] = [...rgb].map((v) => linear(v / 255));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const found = {};
+    const panel = document.querySelector(".concept-viewer");
+    for (const element of panel.querySelectorAll("*")) {
+        const text = [...element.childNodes].map((n) => (n.nodeType === 3 ? n.data : "")).join("").trim();
+        if (!text || !element.checkVisibility()) continue;
+        const behind = [];
+        for (let e = element; e && e !== panel.parentElement; e = e.parentElement) {
+            if (getComputedStyle(e).opacity !== "1") throw new Error(`${text} is translucent`);
+            behind.unshift(getComputedStyle(e).backgroundColor);
+        }
+        // The node behind the panel may have any colour.
+        const contrasts = ["black", "white", "red"].map((node) => {
+            const paper = luminance(over([node, ...behind]));
+            const ink = luminance(over([node, ...behind, getComputedStyle(element).color]));
+            return (Math.max(paper, ink) + 0.05) / (Math.min(paper, ink) + 0.05);
+        });
+        found[text] = Math.min(...contrasts);
+    }
+    return found;
+}"""
 
 spec = importlib.util.spec_from_file_location("made_up", HERE / "pack" / "made_up.py")
 made_up = importlib.util.module_from_spec(spec)
@@ -69,7 +110,8 @@ class Viewer:
     def graph() -> dict:
         size = {"batch": BATCH, "rows": ROWS, "columns": COLUMNS}
         return {
-            "1": {"class_type": "TestMadeUpMaps", "inputs": {**size, "softmax": True}},
+            # The front end would take what is not given from the workflow before.
+            "1": {"class_type": "TestMadeUpMaps", "inputs": {**size, "softmax": True, "grounding": "paper"}},
             "2": {
                 "class_type": "ConceptViewer",
                 "inputs": {"maps": ["1", 0], "image": ["1", 1], "threshold": 0.5, "concept": ""},
@@ -92,6 +134,87 @@ class Viewer:
     def load(self, **nodes: dict) -> None:
         self.page.evaluate("(graph) => app.loadApiJson(graph, 'test')", {**self.graph(), **nodes})
         self.resize(420, 720)
+
+    def load_saliency(self, **inputs: object) -> None:
+        """The viewer after a Concept Saliency, with a result."""
+        given = {"layers": "default", "start_step": 0, "end_step": 10000, "grounding": "paper", **inputs}
+        choices = {"space": "output", "softmax": True, "temperature": 1.0}
+        viewer = self.graph()["2"]
+        viewer["inputs"]["maps"] = ["4", 0]
+        saliency = {
+            "class_type": "ConceptSaliency",
+            "inputs": {"latent": ["1", 0], **choices, **given},
+        }
+        self.load(**{"2": viewer, "4": saliency})
+        self.run()
+
+    def saliency(self) -> list:
+        """The layers and steps in the widgets of Concept Saliency."""
+        return self.page.evaluate(
+            f"""() => ["layers", "start_step", "end_step"].map(
+                (name) => {SALIENCY}.widgets.find((w) => w.name === name).value
+            )"""
+        )
+
+    def select(self) -> None:
+        """The viewer, with a click on it."""
+        x, y = self.page.evaluate(
+            f"""() => {{
+                const {{ scale, offset }} = app.canvas.ds;
+                const {{ x, y }} = app.canvas.canvas.getBoundingClientRect();
+                const [left, top] = {VIEWER}.pos;
+                return [(left + 150 + offset[0]) * scale + x, (top + 20 + offset[1]) * scale + y];
+            }}"""
+        )
+        self.page.mouse.click(x, y)
+        self.page.wait_for_timeout(1000)
+
+    def button(self, name: str):
+        return self.panel.get_by_role("button", name=name, exact=True)
+
+    def set(self, setting: str, value: object) -> None:
+        self.page.evaluate("([id, value]) => app.extensionManager.setting.set(id, value)", [setting, value])
+        self.page.wait_for_timeout(500)
+
+    @contextmanager
+    def without_answers(self, status: int | None = None) -> Iterator[None]:
+        """ComfyUI answers with this status, or not at all."""
+        self.page.evaluate(
+            """async (status) => {
+                const { api } = await import("/scripts/api.js");
+                api.fetchApi = async () => {
+                    if (status) return new Response("", { status });
+                    throw new TypeError("Failed to fetch");
+                };
+            }""",
+            status,
+        )
+        yield
+        self.page.evaluate("async () => { delete (await import('/scripts/api.js')).api.fetchApi }")
+
+    def labels(self) -> tuple[str, ...]:
+        """What the panel says that it shows."""
+        strips = [
+            self.panel.get_by_label(name).get_attribute("aria-valuetext") for name in ("Layers", "Steps")
+        ]
+        return (*strips, self.panel.locator(".pager span").text_content())
+
+    def middle(self) -> list[int]:
+        """The colour in the middle of the picture as shown."""
+        self.page.wait_for_timeout(200)
+        return self.panel.locator("canvas").evaluate(
+            """(canvas) => {
+                const copy = new OffscreenCanvas(1, 1).getContext("2d");
+                copy.drawImage(canvas, -canvas.width / 2, -canvas.height / 2);
+                return [...copy.getImageData(0, 0, 1, 1).data];
+            }"""
+        )
+
+    def place(self, row: int, column: int) -> tuple[float, float]:
+        """Of a patch on the page."""
+        box = self.panel.locator("canvas").bounding_box()
+        x = box["x"] + box["width"] * (column + 0.5) / COLUMNS
+        return x, box["y"] + box["height"] * (row + 0.5) / ROWS
 
     def resize(self, width: int, height: int, scale: float = 1.0) -> None:
         self.page.evaluate(
@@ -156,10 +279,7 @@ class Viewer:
 
     def point(self, row: int, column: int) -> dict[str, float]:
         """The values that are shown with the pointer on a patch."""
-        box = self.panel.locator("canvas").bounding_box()
-        self.page.mouse.move(
-            box["x"] + box["width"] * (column + 0.5) / COLUMNS, box["y"] + box["height"] * (row + 0.5) / ROWS
-        )
+        self.page.mouse.move(*self.place(row, column))
         return self.card()
 
     def card(self) -> dict[str, float]:
@@ -210,6 +330,7 @@ def page(request, server, browser, complaints_of) -> Iterator[Viewer]:
 def viewer(page) -> Iterator[Viewer]:
     page.load()
     page.run()
+    page.complaints.clear()
     yield page
     assert not page.complaints
 
@@ -289,7 +410,7 @@ def test_the_threshold_is_a_widget_that_the_workflow_keeps(viewer):
 
 def test_the_keyboard_moves_over_the_patches(viewer, recording):
     viewer.page.mouse.move(900, 500)
-    viewer.panel.locator("canvas").press("ArrowUp")
+    viewer.panel.get_by_role("application").press("ArrowUp")
     viewer.page.keyboard.press("ArrowLeft")
     assert close_to(viewer.card(), heatmaps(recording)[0], ROWS // 2 - 1, COLUMNS // 2 - 1)
     highest = [f"{name} {value:.3f}" for name, value in viewer.card().items()][:2]
@@ -323,6 +444,291 @@ def test_layers_and_steps_are_said_to_be_shown_without_anchor_propagation(viewer
     viewer.panel.get_by_text("Reset").click()
     viewer.settle()
     assert not note.is_visible()
+
+
+def test_a_click_picks_what_is_highest_at_a_place(viewer, recording):
+    maps = heatmaps(recording)[0]
+    names = []
+    for row, column in ((5, 40), (20, 15)):
+        names.append(made_up.CONCEPTS[maps[:, row, column].argmax()])
+        viewer.page.mouse.click(*viewer.place(row, column))
+        assert viewer.pressed() == names[-1:]
+    assert len(set(names)) == 2
+    viewer.page.keyboard.down("Shift")
+    viewer.page.mouse.click(*viewer.place(5, 40))
+    viewer.page.keyboard.up("Shift")
+    assert set(viewer.pressed()) == set(names)
+    assert set(viewer.inputs()["concept"].split(", ")) == set(names)
+    viewer.panel.locator("canvas").press("ArrowUp")
+    viewer.page.keyboard.press("Enter")
+    highest, *_ = viewer.card()
+    assert viewer.pressed() == [highest]
+    viewer.page.keyboard.press("Enter")
+    assert viewer.pressed() == ["All"]
+
+
+def test_the_picture_is_shown_alone_as_long_as_it_is_held(viewer):
+    viewer.slide("Opacity", 0)
+    viewer.slide("Threshold", 1)
+    picture = viewer.middle()
+    viewer.slide("Opacity", 1)
+    maps = viewer.middle()
+    assert maps != picture
+    mouse, keyboard = viewer.page.mouse, viewer.page.keyboard
+
+    def held(press, release) -> list[list[int]]:
+        press()
+        viewer.page.wait_for_timeout(400)
+        during = viewer.middle()
+        release()
+        return [during, viewer.middle()]
+
+    button = viewer.button("Picture alone").bounding_box()
+    for place in (viewer.place(20, 20), (button["x"] + 8, button["y"] + 8)):
+        mouse.move(*place)
+        assert held(mouse.down, mouse.up) == [picture, maps]
+    assert viewer.pressed() == ["All"]
+    for focused in (viewer.panel.locator("canvas"), viewer.button("Picture alone")):
+        focused.focus()
+        assert held(lambda: keyboard.down("Space"), lambda: keyboard.up("Space")) == [picture, maps]
+
+
+def test_full_screen_shows_the_panel_alone_and_keeps_the_graph_out_of_reach(viewer, recording):
+    before = viewer.page.evaluate("() => app.canvas.ds.scale")
+    viewer.button("Full screen").click()
+    viewer.page.wait_for_timeout(500)
+    box = viewer.panel.bounding_box()
+    screen = viewer.page.evaluate("() => [innerWidth, innerHeight]")
+    assert [box["x"], box["y"], box["width"], box["height"]] == [0, 0, *screen]
+    assert close_to(viewer.point(12, 50), heatmaps(recording)[0], 12, 50)
+    viewer.page.mouse.wheel(0, 300)
+    viewer.page.evaluate(f"() => app.canvas.select({VIEWER})")
+    viewer.page.mouse.click(screen[0] - 4, screen[1] - 4)
+    viewer.page.keyboard.press("Delete")
+    viewer.page.wait_for_timeout(300)
+    assert viewer.page.evaluate("() => app.canvas.ds.scale") == before
+    viewer.button("Leave full screen").click()
+    viewer.page.wait_for_timeout(500)
+    assert viewer.button("Full screen").is_visible()
+    assert viewer.panel.bounding_box()["width"] < 500
+    assert close_to(viewer.point(12, 50), heatmaps(recording)[0], 12, 50)
+
+
+@pytest.mark.parametrize(
+    "layers, steps, widgets",
+    [
+        ((3, 6), None, ["3-6", 0, 10000]),
+        (None, (2, 9), ["default", 2, 10]),
+        ((4, 4), (27, 27), ["4", 27, 28]),
+        ((0, 18), None, ["all", 0, 10000]),
+    ],
+)
+def test_layers_and_steps_are_handed_to_concept_saliency_as_one_change(viewer, layers, steps, widgets):
+    viewer.load_saliency()
+    apply = viewer.button("Apply")
+    assert not apply.is_visible()
+    for name, chosen, count in (("Layers", layers, 19), ("Steps", steps, 28)):
+        if chosen:
+            viewer.scrub(name, *chosen, count)
+    shown = viewer.point(30, 30)
+    apply.click()
+    assert viewer.saliency() == widgets
+    assert not apply.is_visible()
+    assert viewer.status() == "Set in Concept Saliency. Run the workflow to get these maps."
+    viewer.command("Comfy.Undo")
+    assert viewer.saliency() == ["default", 0, 10000]
+    viewer.command("Comfy.Redo")
+    assert viewer.saliency() == widgets
+    viewer.resize(420, 720)
+    viewer.run()
+    assert viewer.point(30, 30) == pytest.approx(shown, abs=TOLERANCE)
+    assert not viewer.button("Reset").is_visible()
+
+
+def test_all_steps_again_are_handed_over_as_no_limit(viewer):
+    viewer.load_saliency(start_step=5, end_step=9)
+    viewer.panel.get_by_label("Steps").press("a")
+    viewer.settle()
+    viewer.button("Apply").click()
+    assert viewer.saliency() == ["default", 0, 10000]
+
+
+def test_nothing_is_handed_over_where_no_widget_takes_it(viewer):
+    viewer.panel.get_by_label("Layers").press("Home")
+    viewer.settle()
+    assert viewer.button("Reset").is_visible()
+    assert not viewer.button("Apply").is_visible()
+    viewer.load_saliency()
+    viewer.panel.get_by_label("Layers").press("Home")
+    viewer.settle()
+    assert viewer.button("Apply").is_visible()
+    viewer.page.evaluate(
+        f"""() => {{
+            const text = LiteGraph.createNode("PrimitiveString");
+            app.graph.add(text);
+            text.connect(0, {SALIENCY}, {SALIENCY}.inputs.findIndex((i) => i.name === "layers"));
+        }}"""
+    )
+    viewer.page.mouse.move(5, 5)
+    viewer.point(5, 5)
+    assert not viewer.button("Apply").is_visible()
+
+
+# What stands between Concept Saliency and the viewer.
+BETWEEN = {
+    "a reroute node": """
+        const reroute = LiteGraph.createNode("Reroute");
+        app.graph.add(reroute);
+        saliency.connect(0, reroute, 0);
+        reroute.connect(0, viewer, 0);
+    """,
+    "a reroute of the link": """
+        const link = app.graph.getLink(viewer.inputs[0].link);
+        app.graph.createReroute([0, 0], link);
+    """,
+    "one that is bypassed": """
+        const other = LiteGraph.createNode("ConceptSaliency");
+        app.graph.add(other);
+        saliency.connect(0, other, 0);
+        other.connect(0, viewer, 0);
+        other.mode = 4;
+    """,
+    "out of a subgraph": "app.canvas.graph.convertToSubgraph(new Set([saliency]));",
+    "into a subgraph": """
+        const { subgraph, node } = app.canvas.graph.convertToSubgraph(new Set([viewer]));
+        app.canvas.openSubgraph(subgraph, node);
+    """,
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN.keys())
+def test_concept_saliency_is_found_through(viewer, between):
+    viewer.load_saliency()
+    viewer.page.evaluate(f"() => {{ const saliency = {SALIENCY}; const viewer = {VIEWER}; {between} }}")
+    viewer.page.wait_for_timeout(500)
+    viewer.run()
+    viewer.panel.get_by_label("Layers").press("Home")
+    viewer.settle()
+    viewer.button("Apply").click()
+    layers = viewer.page.evaluate(
+        """() => [app.rootGraph, ...app.rootGraph.subgraphs.values()].flatMap((graph) => graph.nodes)
+            .filter((node) => node.comfyClass === "ConceptSaliency" && node.mode === 0)
+            .map((node) => node.widgets.find((w) => w.name === "layers").value)"""
+    )
+    viewer.page.evaluate("() => app.canvas.setGraph(app.graph)")
+    assert layers == ["0"]
+
+
+@pytest.mark.parametrize(
+    "status, message",
+    [
+        (410, "ComfyUI no longer has these maps. Run the workflow again to see them."),
+        (None, "The maps did not arrive. Is ComfyUI still running?"),
+    ],
+)
+def test_what_does_not_arrive_leaves_the_panel_as_it_was(viewer, recording, status, message):
+    viewer.scrub("Layers", 3, 6, 19)
+    labels = viewer.labels()
+    assert labels == ("Layers 3–6", "Steps all 28", "1 / 2")
+    for ask in (
+        lambda: viewer.panel.get_by_label("Steps").press("Home"),
+        lambda: viewer.panel.get_by_label("Next image").click(),
+    ):
+        with viewer.without_answers(status):
+            ask()
+            viewer.settle()
+        assert viewer.status() == message
+        assert viewer.labels() == labels
+        assert close_to(viewer.point(30, 30), heatmaps(recording, layers=range(3, 7))[0], 30, 30)
+        assert viewer.panel.locator(".status").evaluate(
+            "(e) => e.scrollWidth <= e.clientWidth && e.scrollHeight <= e.clientHeight"
+        )
+    viewer.panel.get_by_label("Next image").click()
+    viewer.settle()
+    assert viewer.labels() == ("Layers 3–6", "Steps all 28", "2 / 2")
+    assert close_to(viewer.point(8, 9), heatmaps(recording, layers=range(3, 7))[1], 8, 9)
+    assert viewer.status() == ""
+
+
+@pytest.mark.parametrize("palette", PALETTES)
+def test_every_text_is_readable_whatever_the_palette_and_the_node_s_colour(viewer, palette):
+    viewer.set("Comfy.ColorPalette", palette)
+    try:
+        viewer.chip("sky").click()
+        viewer.panel.get_by_label("Layers").press("Home")
+        viewer.settle()
+        viewer.panel.locator("canvas").press("ArrowUp")
+        contrasts = viewer.page.evaluate(CONTRASTS)
+        assert {"Opacity", "0.65", "Layers", "All", "Copy", "1 / 2", viewer.status()} <= contrasts.keys()
+        assert {text: c for text, c in contrasts.items() if c < READABLE} == {}
+        viewer.open_workflow(viewer.workflow())
+        contrasts = viewer.page.evaluate(CONTRASTS)
+        assert contrasts["Run the workflow to see the concept maps."] >= READABLE
+    finally:
+        viewer.set("Comfy.ColorPalette", "dark")
+
+
+def test_the_card_stays_beside_its_patch_when_the_node_is_resized(viewer):
+    viewer.page.mouse.move(1390, 990)
+    canvas = viewer.panel.locator("canvas")
+    for _ in range(3):
+        canvas.press("Shift+ArrowLeft")
+    for size in ((420, 720), (900, 800), (300, 600)):
+        viewer.resize(*size)
+        stage, patch, card = (
+            viewer.panel.locator(selector).bounding_box() for selector in (".stage", ".patch", ".card")
+        )
+        assert card["x"] + card["width"] <= stage["x"] + stage["width"]
+        assert card["y"] + card["height"] <= stage["y"] + stage["height"]
+        assert card["x"] == pytest.approx(patch["x"] + patch["width"] + 10, abs=2)
+
+
+def test_sliders_and_buttons_have_room_in_a_narrow_node(viewer):
+    viewer.resize(200, 620)
+    panel = viewer.panel.bounding_box()
+    for name in ("Opacity", "Threshold", "Layers", "Steps"):
+        slider = viewer.panel.get_by_role("slider", name=name)
+        assert slider.bounding_box()["width"] > 0.75 * panel["width"]
+        assert slider.bounding_box()["height"] >= 14
+    for button in viewer.panel.locator(".bar button").all():
+        box = button.bounding_box()
+        if box:
+            assert panel["x"] < box["x"]
+            assert box["x"] + box["width"] < panel["x"] + panel["width"]
+            assert box["y"] + box["height"] < panel["y"] + panel["height"]
+
+
+def test_pointing_at_a_concept_moves_nothing_under_the_pointer(viewer):
+    viewer.load_saliency()
+    viewer.panel.get_by_label("Layers").press("Home")
+    viewer.settle()
+    for size in ((420, 720), (200, 620)):
+        viewer.resize(*size)
+        viewer.page.mouse.move(1390, 990)
+        viewer.page.wait_for_timeout(200)
+        before = viewer.chip("rock").bounding_box()
+        viewer.chip("rock").hover()
+        viewer.page.wait_for_timeout(300)
+        assert viewer.panel.locator(".scale").is_visible()
+        assert viewer.chip("rock").bounding_box() == before
+
+
+def test_the_side_panel_leaves_the_viewer_as_wide_as_it_is(viewer):
+    width = viewer.panel.bounding_box()["width"]
+    viewer.set("Comfy.RightSidePanel.IsOpen", True)
+    try:
+        viewer.select()
+        # Earlier ones have no way to leave a widget out.
+        version = viewer.page.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__")
+        leaves_out = [int(number) for number in version.split(".")[:2]] >= [1, 47]
+        assert viewer.page.get_by_text("No inputs").is_visible() == leaves_out
+        # What the side panel of a front end does that does not know to leave a widget out.
+        viewer.page.evaluate(f"() => ({VIEWER}.widgets.find((w) => w.name === 'view').width = 150)")
+        viewer.resize(420, 720)
+        assert viewer.panel.bounding_box()["width"] == pytest.approx(width, abs=1)
+    finally:
+        viewer.set("Comfy.RightSidePanel.IsOpen", False)
+        viewer.page.evaluate("() => app.canvas.deselectAll()")
 
 
 def test_a_picture_that_is_too_large_to_copy_is_said_to_be(viewer):
@@ -535,6 +941,7 @@ def test_a_copy_has_a_view_of_its_own(viewer):
     )
     viewer.run()
     chips = viewer.page.locator(".concept-viewer").nth(1).locator(".chip")
+    chips.first.wait_for()
     assert chips.locator("xpath=self::*[@aria-pressed='true']").all_text_contents() == ["rock"]
     chips.get_by_text("sky").click()
     assert viewer.pressed() == ["rock"]
