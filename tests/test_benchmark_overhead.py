@@ -10,13 +10,14 @@ import sys
 
 import pytest
 import torch
-from test_golden import FILES, TOLERANCE, relative
+from test_golden import TOLERANCE
 
 import comfyui
 import concept_attention.core.observing.readers.stream
 from concept_attention.core.architectures import flux1
 from concept_attention.core.observing.readers.stream import ConceptStream
-from tiny_flux import Golden, load_golden
+from golden_files import golden_files, relative
+from tiny_flux import FluxGolden
 
 FOLDER = comfyui.ROOT / "benchmarks" / "overhead"
 sys.path.insert(0, str(FOLDER))
@@ -29,9 +30,9 @@ from side_stream import SideStream  # noqa: E402
 AT_1024 = Scene(FLUX_DEV, 1024, 1024)
 
 
-@pytest.fixture(params=FILES, ids=lambda p: p.stem, scope="module")
-def golden(request) -> Golden:
-    return load_golden(request.param)
+@pytest.fixture(params=golden_files(), ids=lambda p: p.stem, scope="module")
+def golden(request) -> FluxGolden:
+    return FluxGolden.load(request.param)
 
 
 def test_the_yardstick_computes_what_the_reference_does(golden):

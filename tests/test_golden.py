@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import comfy.samplers
 import pytest
 import torch
@@ -14,26 +11,18 @@ from concept_attention.core.observing.image import observe_image
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.readers.stream import SPACES, ConceptStream
 from concept_attention.core.reading.maps import heatmaps
-from tiny_flux import Golden, load_golden
-
-FILES = [Path(__file__).parent / "golden" / "caseS.safetensors"]
-if folder := os.environ.get("GOLDEN_DIR"):
-    FILES = sorted({*FILES, *(p for p in Path(folder).glob("*.safetensors") if p.name != FILES[0].name)})
+from golden_files import golden_files, relative
+from tiny_flux import FluxGolden
 
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=FILES, ids=lambda p: p.stem, scope="module")
-def golden(request) -> Golden:
-    return load_golden(request.param)
+@pytest.fixture(params=golden_files(), ids=lambda p: p.stem, scope="module")
+def golden(request) -> FluxGolden:
+    return FluxGolden.load(request.param)
 
 
-def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    assert ours.shape == expected.shape
-    return float((ours.double() - expected.double()).norm() / expected.double().norm())
-
-
-def run(golden: Golden, start=None, sigmas=None, positive=None, **options):
+def run(golden: FluxGolden, start=None, sigmas=None, positive=None, **options):
     """Sample from ``start`` with Euler, by default golden's main run; the samples and their recording."""
     start = golden["inputs.latents"][0] if start is None else start
     sigmas = golden["inputs.sigmas"] if sigmas is None else sigmas
@@ -117,7 +106,7 @@ def test_cross_and_self_attention_ablations(golden, cross, itself):
 
 
 def test_a_batch_of_two_with_prompts_of_their_own(golden):
-    if "inputs.batch2.latents" not in golden.tensors:
+    if "inputs.batch2.latents" not in golden:
         pytest.skip("this golden file has no batch")
     values = {"pooled_output": golden["inputs.batch2.y"], "guidance": 0.0}  # the reference's default
     positive = [[golden["inputs.batch2.context"], values]]
@@ -140,7 +129,7 @@ def test_a_batch_of_two_with_prompts_of_their_own(golden):
                 assert relative(ours, golden[f"expected.batch2.heatmaps.{name}.{kind}"][item]) <= TOLERANCE
 
 
-def look(golden: Golden, noisy: torch.Tensor, sigma: torch.Tensor, positive: list | None = None):
+def look(golden: FluxGolden, noisy: torch.Tensor, sigma: torch.Tensor, positive: list | None = None):
     """The recording of an existing noisy latent (B, C, H, W) at its noise level."""
     clean = torch.zeros_like(noisy)  # then all that the model is given is sigma * noise
     return observe_image(
@@ -173,7 +162,7 @@ def test_an_existing_latent_at_every_step(golden):
 
 
 def test_existing_latents_of_a_batch_with_prompts_of_their_own(golden):
-    if "inputs.batch2.latents" not in golden.tensors:
+    if "inputs.batch2.latents" not in golden:
         pytest.skip("this golden file has no batch")
     values = {"pooled_output": golden["inputs.batch2.y"], "guidance": 0.0}  # the reference's default
     positive = [[golden["inputs.batch2.context"], values]]
@@ -200,7 +189,7 @@ def test_the_modulation_vector_of_the_concepts(golden):
         assert relative(text.vec, golden[f"expected.step{step}.concept_vec"]) <= TOLERANCE
 
 
-def concept_streams(golden: Golden, step: int) -> list[torch.Tensor]:
+def concept_streams(golden: FluxGolden, step: int) -> list[torch.Tensor]:
     """The concept stream after every block of one forward pass of the model. It runs to the end, past the
     last layer that anyone would record."""
     model = golden.model().model.diffusion_model

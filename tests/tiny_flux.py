@@ -1,11 +1,8 @@
-"""Small Flux.1 models, golden data, and sampling through ComfyUI's own loader and samplers."""
+"""Small Flux.1 models, a file of golden data, and sampling through ComfyUI's own loader and samplers."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import comfy.sample
 import comfy.samplers
@@ -14,58 +11,28 @@ import comfy.supported_models_base
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.text_encoders.flux import FluxTokenizer, flux_clip
-from safetensors import safe_open
 from torch import Tensor
 
 from concept_attention.core.concepts import Concepts, ConceptTokens
 from concept_attention.core.observing.observe import observe
+from golden_files import Golden
 
 
-@dataclass(frozen=True)
-class Golden:
-    """Data made by the reference implementation; see golden/README.md."""
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def number(self, name: str):
-        return json.loads(self.metadata[name])
-
-    @property
-    def config(self) -> dict:
-        return self.number("config")
-
-    @property
-    def concepts(self) -> Concepts:
-        return Concepts(tuple(f"concept {i}" for i in range(self["inputs.concepts"].shape[1])))
+class FluxGolden(Golden):
+    """A file of Flux.1's."""
 
     @property
     def tokens(self) -> ConceptTokens:
         return ConceptTokens.single(self["inputs.concepts"][0])
 
-    def model(self) -> ModelPatcher:
-        weights = {
-            k.removeprefix("weights."): v.float() for k, v in self.tensors.items() if k.startswith("weights.")
-        }
-        return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.float32})
-
     def conditioning(self) -> list:
         values = {"pooled_output": self["inputs.y"]}
-        if "inputs.guidance" in self.tensors:
+        if "inputs.guidance" in self:
             values["guidance"] = float(self["inputs.guidance"][0])
         return [[self["inputs.context"], values]]
 
     def observed(self, model: ModelPatcher, **options) -> ModelPatcher:
         return observe(model, self.concepts, self.tokens, **options)
-
-
-@cache
-def load_golden(path: Path) -> Golden:
-    with safe_open(path, "pt") as file:
-        return Golden({k: file.get_tensor(k) for k in file.keys()}, file.metadata())  # noqa: SIM118
 
 
 def random_flux(seed: int = 0, guidance: bool = True, depth: int = 3) -> ModelPatcher:
