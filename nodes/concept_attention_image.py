@@ -4,7 +4,6 @@ import torch
 from comfy_api.latest import io
 
 from ..core.observing.image import (
-    AVERAGES,
     LEVEL,
     encode_images,
     observe_image,
@@ -13,6 +12,7 @@ from ..core.observing.image import (
     step_levels,
 )
 from ..core.observing.latents import remember
+from ..core.observing.recording import AVERAGES
 from .limits import within_limits
 from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
 from .search import DETECTION, EXPLANATION, HEATMAPS, MASKS, SEGMENTATION

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..core.drawing.render import heatmap_images
 from ..core.observing.latents import recording_of
-from ..core.observing.recording import parse_layers
+from ..core.observing.recording import AVERAGES, parse_layers
 from ..core.reading.maps import GROUNDINGS, ConceptMaps, concept_maps, upscale
 from .limits import within_limits
 from .search import EXPLANATION, HEATMAPS
@@ -84,6 +84,17 @@ class ConceptSaliency(io.ComfyNode):
                     advanced=True,
                     tooltip="Write the names of the concepts into the heatmaps.",
                 ),
+                io.Combo.Input(
+                    "average",
+                    options=list(AVERAGES),
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Of several layers and steps: the mean of their maps, as in the paper, or the "
+                        "softmax of their mean scores, which the paper's code has for Flux.2, at a "
+                        "temperature of 1000."
+                    ),
+                ),
             ],
             outputs=[
                 ConceptMapsType.Output(display_name="maps"),
@@ -111,6 +122,7 @@ class ConceptSaliency(io.ComfyNode):
         temperature: float,
         grounding: str = GROUNDINGS[0],
         names: bool = True,
+        average: str = AVERAGES[0],
     ) -> io.NodeOutput:
         recording = latent.recording if isinstance(latent, ConceptMaps) else recording_of(latent)
         chosen = parse_layers(layers, recording.layers, recording.default_layers, recording.left_out)
@@ -122,6 +134,7 @@ class ConceptSaliency(io.ComfyNode):
             softmax=softmax,
             temperature=temperature,
             grounding=grounding,
+            average=average,
         )
         concepts = maps.concepts.names
         shown = upscale(maps.values[:, : len(concepts)], maps.image_size, maps.coverage)

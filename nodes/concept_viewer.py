@@ -105,6 +105,7 @@ def _description(maps: ConceptMaps) -> dict:
         "coverage": maps.coverage,
         "softmax": maps.softmax,
         "grounding": maps.grounding,
+        "average": maps.average,
         "layers": recording.layers,
         "steps": recording.steps,
         "sigmas": [round(sigma, 4) for sigma in recording.sigmas],

@@ -38,7 +38,8 @@ def made(**choice) -> ConceptMaps:
 
 
 def test_maps_come_back_equal_to_the_last_bit(tmp_path):
-    maps = made(space="value", layers=[1, 4], steps=[0, 2], temperature=0.3, grounding="anchor propagation")
+    choice = {"layers": [1, 4], "steps": [0, 2], "temperature": 0.3, "average": "before softmax"}
+    maps = made(space="value", grounding="anchor propagation", **choice)
     save_maps(maps, tmp_path / "maps")
     loaded = load_maps(tmp_path / "maps")
     assert torch.equal(loaded.values, maps.values)
@@ -89,6 +90,18 @@ def test_other_maps_can_be_made_from_a_file(tmp_path):
     choice = {"layers": [0], "steps": [1], "softmax": False}
     again = concept_maps(load_maps(tmp_path / "maps").recording, **choice)
     assert torch.equal(again.values, concept_maps(maps.recording, **choice).values)
+
+
+def test_a_file_from_before_there_were_groundings_and_averages_has_the_papers(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    save_maps(made(), path)
+
+    def older(tensors, described):
+        del described["maps"]["grounding"], described["maps"]["average"]
+
+    loaded = load_maps(rewritten(path, older))
+    assert (loaded.grounding, loaded.average) == ("paper", "after softmax")
+    assert torch.equal(loaded.values, made().values)
 
 
 def test_anyone_can_read_the_file(tmp_path):
@@ -197,6 +210,7 @@ HOSTILE = [
     (put("maps", "temperature", value=math.nan), "temperature: .*nan"),
     (put("maps", "grounding", value="guessed"), "grounding: 'guessed'"),
     (put("maps", "grounding", value=["paper"]), "grounding: .*paper"),
+    (put("maps", "average", value="guessed"), "average: 'guessed'"),
     (fill("maps", math.nan), "range of maps: .*nan"),
     (fill("maps", 7), "range of maps: .*7"),
     (fill("scores.value", math.inf), "scores.value has infinite values"),

@@ -23,6 +23,7 @@ from concept_attention.core.reading.maps import heatmaps
 from golden_files import Golden, golden_files, relative
 
 TOLERANCE = 1e-5
+MAPS = 5e-5
 FLUX2_VECTORS = 2e-5  # the reference's float32 RoPE at position 510
 
 
@@ -196,6 +197,25 @@ def test_flux2_scores_of_every_step_and_layer(flux2, flux2_run):
         for layer in flux2_run.recording.layers:
             name = f"expected.step{step}.layer{layer}.concept_scores"
             compare(flux2, name, flux2_run.scores(step, layer), FLUX2_VECTORS)
+
+
+@pytest.mark.parametrize(
+    "softmax,temperature,kind", [(False, 1.0, "raw"), (True, 1.0, "softmax"), (True, 1000.0, "softmax1000")]
+)
+def test_flux2_heatmaps_of_all_and_of_chosen_layers_and_steps(flux2, flux2_run, softmax, temperature, kind):
+    for subset, layers, chosen in choices(flux2):
+        maps = heatmaps(
+            flux2_run.recording,
+            layers=layers,
+            steps=chosen,
+            softmax=softmax,
+            temperature=temperature,
+            average="before softmax",
+        )
+        name = f"expected.heatmaps.output.{subset}{kind}"
+        compare(flux2, name, maps, FLUX2_VECTORS)
+        if softmax:
+            assert (maps - flux2[name]).abs().max() <= MAPS
 
 
 def test_flux2_two_images_with_prompts_of_their_own(flux2):

@@ -6,6 +6,7 @@ import torch
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.observing.recording import parse_layers
 from concept_attention.core.reading.maps import concept_maps, heatmaps, upscale
+from concept_attention.nodes.concept_saliency import ConceptSaliency
 from recordings import maps_of, recording
 
 
@@ -21,6 +22,52 @@ def test_raw_maps_are_the_mean_of_the_scores():
     r = recording()
     expected = torch.stack(r.scores["output"])[[0, 2]][:, [1, 3]].mean((0, 1))
     torch.testing.assert_close(heatmaps(r, layers=[1, 3], steps=[0, 2], softmax=False), expected)
+
+
+def test_the_softmax_may_be_of_the_mean_instead():
+    r = recording()
+    mean = torch.stack(r.scores["output"])[[0, 2]][:, [1, 3]].mean((0, 1))
+    choice = {"layers": [1, 3], "steps": [0, 2], "temperature": 5.0}
+    maps = concept_maps(r, **choice, average="before softmax")
+    torch.testing.assert_close(maps.values, (mean / 5).softmax(1))
+    assert maps.average == "before softmax"
+    default = concept_maps(r, **choice)
+    assert default.average == "after softmax"
+    assert torch.equal(default.values, heatmaps(r, **choice))
+    assert not torch.allclose(maps.values, default.values, atol=0.01)
+
+
+def test_the_softmax_of_the_mean_is_of_the_evaluations_in_which_a_prompt_was_at_work():
+    r = recording()
+    r.scores["output"][1][..., 0, 0] = torch.nan
+    for scores in r.scores["output"]:
+        scores[..., 3, 5] = torch.nan
+    maps = heatmaps(r, average="before softmax")
+    seen = torch.stack(r.scores["output"])[[0, 2]][:, 2:].mean((0, 1)).softmax(1)
+    torch.testing.assert_close(maps[..., 0, 0], seen[..., 0, 0])
+    assert maps[..., 3, 5].isnan().all()
+    assert maps.isnan().sum() == maps.shape[1]
+    assert not concept_maps(r, average="before softmax").values[..., 3, 5].any()
+
+
+def test_raw_maps_do_not_depend_on_the_average():
+    r = recording()
+    before, after = (heatmaps(r, softmax=False, average=f"{side} softmax") for side in ("before", "after"))
+    assert torch.equal(before, after)
+
+
+def test_an_unknown_average_is_an_error():
+    with pytest.raises(ValueError, match='average "median". Choose one of: after softmax; before softmax'):
+        concept_maps(recording(), average="median")
+
+
+def test_the_node_makes_the_maps_of_the_average_that_is_chosen():
+    r = recording()
+    widgets = {"space": "output", "layers": "default", "start_step": 0, "end_step": 100}
+    widgets |= {"softmax": True, "temperature": 1.0, "average": "before softmax"}
+    maps = ConceptSaliency.execute(concept_maps(r), **widgets).result[0]
+    assert maps.average == "before softmax"
+    assert torch.equal(maps.values, heatmaps(r, average="before softmax"))
 
 
 def test_a_temperature_divides_the_scores():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from xml.dom import minidom
 
@@ -416,6 +417,14 @@ def test_each_panel_is_the_map_of_its_concept_and_image_in_one_layer_and_step_al
     for figure, map_ in zip(figures, expected[:, [1, 0]].flatten(0, 1), strict=True):
         shown = panels(figure)[2].images[0].get_array()
         np.testing.assert_allclose(shown, map_.numpy(), rtol=1e-5)
+
+
+def test_panels_of_steps_with_two_evaluations_are_averaged_as_the_maps_are():
+    recorded = replace(recording(evaluations=2), steps=(0, 0))
+    maps = concept_maps(recorded, average="before softmax")
+    (figure,) = layers_figures(maps, ["cat"], layers=[3])
+    expected = concept_maps(recorded, layers=[3], average="before softmax").at_size(64, 96)
+    np.testing.assert_allclose(panels(figure)[0].images[0].get_array(), expected[0, 0].numpy(), rtol=1e-5)
 
 
 def test_figures_of_raw_scores_say_so():

@@ -25,7 +25,7 @@ export class Controls {
     this.threshold = slider(texts.threshold, actions.setThreshold);
     this.layers = new Strip(texts.layers, actions.chooseLayers);
     this.steps = new Strip(texts.steps, actions.chooseSteps);
-    this.plain = make("div", { className: "plain", textContent: texts.plain, hidden: true });
+    this.plain = make("div", { className: "plain", hidden: true });
     this.element = make(
       "div",
       { className: "controls" },
@@ -96,7 +96,9 @@ export class Controls {
     this.steps.element.hidden = !selection || selection.everyStep.length < 2;
     this.reset.hidden = !selection || selection.isGiven;
     this.handOver.hidden = !canHandOver;
-    this.plain.hidden = this.reset.hidden || selection?.view.grounding === "paper";
+    const averaged = selection?.view.average === "before softmax";
+    this.plain.hidden = this.reset.hidden || (selection?.view.grounding === "paper" && !averaged);
+    this.plain.textContent = averaged ? texts.averaged : texts.plain;
     if (!selection) return;
     const { view, image, layers, steps, everyStep, sigma } = selection;
     this.page.textContent = `${image + 1} / ${view.images.length}`;

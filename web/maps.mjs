@@ -16,6 +16,7 @@
  * @property {[number, number]} coverage
  * @property {boolean} softmax
  * @property {string} grounding of the node's maps; those of other layers and steps are always the "paper"'s
+ * @property {string} average of the node's maps; those of other layers and steps are always means of maps
  * @property {number[]} layers
  * @property {number[]} steps
  * @property {number[]} sigmas

@@ -34,6 +34,7 @@ export const texts = {
   loading: "Loading…",
   more: "%s more below",
   plain: "Without anchor propagation: layers and steps are shown as in the paper.",
+  averaged: "Averaged after the softmax: layers and steps are shown as in the paper.",
   gone: "ComfyUI no longer has these maps. Run the workflow again to see them.",
   failed: "The maps did not arrive. Is ComfyUI still running?",
 };

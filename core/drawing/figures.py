@@ -162,7 +162,12 @@ def layers_figures(
     layers = recording.layers if layers is None else layers
     spaced = torch.linspace(0, len(maps.steps) - 1, min(columns, len(maps.steps))).round().int().tolist()
     steps = [maps.steps[i] for i in spaced]
-    choice = {"softmax": maps.softmax, "temperature": maps.temperature, "grounding": maps.grounding}
+    choice = {
+        "softmax": maps.softmax,
+        "temperature": maps.temperature,
+        "grounding": maps.grounding,
+        "average": maps.average,
+    }
     panels = [(layer, step) for layer in layers for step in steps]
     done, total = 0, len(maps.values) * len(panels) * (1 + len(concepts))
     for index in range(len(maps.values)):

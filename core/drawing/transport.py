@@ -1,4 +1,5 @@
-"""Concept maps as bytes for the browser, and the recorded maps behind them.
+"""Concept maps as bytes for the browser, and the recorded maps behind them: those of single layers and
+evaluations, of which the browser takes means, whatever the average of the concept maps.
 
 A packet is a zlib stream of two little-endian float32, ``low`` and ``high``, and of uint8 levels
 (E, K, h, w), each frame but the first as the difference from the one before, modulo 256: maps of

@@ -26,13 +26,12 @@ from ..concepts import Concepts, ConceptTokens
 from ..images import rgb_images
 from .latents import recorded
 from .observe import observe
-from .recording import Recording, RecordingError
+from .recording import AVERAGES, Recording, RecordingError
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import VAE
 
-AVERAGES = ("after softmax", "before softmax")
 LEVEL = 0.5
 
 

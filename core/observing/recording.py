@@ -19,6 +19,8 @@ from torch import Tensor
 from ..concepts import Concepts
 from ..geometry import Grid
 
+AVERAGES = ("after softmax", "before softmax")
+"""What is averaged over layers and evaluations: the maps that a softmax made of each, or their scores."""
 BUDGET = 256 * 2**20
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..concepts import LIMIT, Concepts, split_names
 from ..observing.readers import SPACES
-from ..observing.recording import Recording
+from ..observing.recording import AVERAGES, Recording
 from .maps import GROUNDINGS, ConceptMaps
 
 SUFFIX = ".concepts.safetensors"
@@ -63,6 +63,7 @@ def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None 
             "softmax": maps.softmax,
             "temperature": maps.temperature,
             "grounding": maps.grounding,
+            "average": maps.average,
         },
     }
     save_file(tensors, path, metadata={**(metadata or {}), _KEY: json.dumps(description)})
@@ -143,11 +144,13 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
     )
     space, softmax, temperature = chosen["space"], chosen["softmax"], chosen["temperature"]
     grounding = chosen.get("grounding", GROUNDINGS[0])
+    average = chosen.get("average", AVERAGES[0])
     _expect(space, space in spaces, "space", f"out of {'; '.join(spaces)}")
     _expect(softmax, isinstance(softmax, bool), "softmax", "true or false")
     _numbers([temperature], "temperature", (int, float))
     _expect(temperature, temperature > 0, "temperature", "above 0")
     _expect(grounding, grounding in GROUNDINGS, "grounding", f"out of {'; '.join(GROUNDINGS)}")
+    _expect(average, average in AVERAGES, "average", f"out of {'; '.join(AVERAGES)}")
     values = file.get_tensor("maps")
     low, high = (float(value) for value in values.aminmax())
     _expect((low, high), low >= -_ROUNDING and high <= 1 + _ROUNDING, "the range of maps", "in 0..1")
@@ -160,6 +163,7 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
         softmax=softmax,
         temperature=temperature,
         grounding=grounding,
+        average=average,
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..concepts import Concepts
-from ..observing.recording import Recording
+from ..observing.recording import AVERAGES, Recording
 from .grounding import propagate_anchors
 
 GROUNDINGS = ("paper", "anchor propagation")
@@ -26,6 +26,7 @@ class ConceptMaps:
         recording: what the maps were made from.
         space, layers, steps, softmax, temperature: what was chosen of it, see ``heatmaps``.
         grounding: one of ``GROUNDINGS``.
+        average: one of ``AVERAGES``.
     """
 
     values: Tensor
@@ -36,6 +37,7 @@ class ConceptMaps:
     softmax: bool
     temperature: float
     grounding: str = GROUNDINGS[0]
+    average: str = AVERAGES[0]
 
     @property
     def concepts(self) -> Concepts:
@@ -88,6 +90,7 @@ def heatmaps(
     steps: Sequence[int] | None = None,
     softmax: bool = True,
     temperature: float = 1.0,
+    average: str = AVERAGES[0],
 ) -> Tensor:
     """The paper's heatmaps (B, K, h, w) float32: softmax over the concepts of every patch, in each layer
     and evaluation, then the mean over both (section 4.2; reference ``compute_heatmaps_from_vectors``). The
@@ -98,18 +101,25 @@ def heatmaps(
         steps: the sampler's steps, all if None.
         softmax: False gives the mean of the raw scores.
         temperature: scores are divided by it; above 1 softer, below 1 harder.
+        average: "after softmax", or "before softmax": the softmax of the mean of the scores, which the
+            reference has for Flux.2, at a temperature of 1000. Raw scores have the same mean either way.
 
     Raises:
-        ValueError: nothing was recorded for the choice, or the temperature is not positive.
+        ValueError: nothing was recorded for the choice, the temperature is not positive, or there is no such
+            average.
     """
     if not temperature > 0:
         raise ValueError(f"The temperature must be above 0, not {temperature}.")
+    if average not in AVERAGES:
+        raise ValueError(f'Unknown average "{average}". Choose one of: {"; ".join(AVERAGES)}.')
+    of_each, of_mean = softmax and average == "after softmax", softmax and average == "before softmax"
 
     def of(scores: Tensor) -> Tensor:  # (L, B, K, h, w)
         scores = scores / temperature if temperature != 1 else scores
-        return (scores.softmax(2) if softmax else scores).mean(0)
+        return (scores.softmax(2) if of_each else scores).mean(0)
 
-    return mean_where_seen(of(scores) for scores in recording.select(space, layers, steps))
+    mean = mean_where_seen(of(scores) for scores in recording.select(space, layers, steps))
+    return mean.softmax(1) if of_mean else mean
 
 
 def mean_where_seen(maps: Iterable[Tensor]) -> Tensor:
@@ -146,6 +156,7 @@ def concept_maps(
     softmax: bool = True,
     temperature: float = 1.0,
     grounding: str = GROUNDINGS[0],
+    average: str = AVERAGES[0],
 ) -> ConceptMaps:
     """``heatmaps`` as maps in 0..1. Raw scores are scaled by the smallest and the largest of all concepts
     of an image, so that concepts can still be compared.
@@ -166,7 +177,7 @@ def concept_maps(
     layers = recording.default_layers if layers is None else tuple(layers)
     steps = tuple(sorted({step for step in recording.steps if steps is None or step in steps}))
     choice = {"space": space, "layers": layers, "steps": steps}
-    values = heatmaps(recording, **choice, softmax=softmax, temperature=temperature)
+    values = heatmaps(recording, **choice, softmax=softmax, temperature=temperature, average=average)
     unseen = values.isnan()
     if grounding == "anchor propagation":
         scores = heatmaps(recording, **choice, softmax=False).nan_to_num(0)
@@ -178,5 +189,11 @@ def concept_maps(
         values = (values - low) / torch.where(high > low, high - low, 1.0)
     values = values.masked_fill(unseen, 0)
     return ConceptMaps(
-        values, recording, **choice, softmax=softmax, temperature=temperature, grounding=grounding
+        values,
+        recording,
+        **choice,
+        softmax=softmax,
+        temperature=temperature,
+        grounding=grounding,
+        average=average,
     )

@@ -428,13 +428,20 @@ def test_the_keyboard_moves_over_the_patches(viewer, recording):
     assert viewer.status() == ""
 
 
-def test_layers_and_steps_are_said_to_be_shown_without_anchor_propagation(viewer):
-    note = viewer.panel.get_by_text("Without anchor propagation")
+@pytest.mark.parametrize(
+    "choice,said",
+    [
+        ({"grounding": "anchor propagation"}, "Without anchor propagation"),
+        ({"average": "before softmax"}, "Averaged after the softmax"),
+    ],
+)
+def test_layers_and_steps_are_said_to_be_shown_as_in_the_paper(viewer, choice, said):
+    note = viewer.panel.get_by_text(said)
     viewer.panel.get_by_label("Layers").press("Home")
     viewer.settle()
     assert not note.is_visible()
     node = viewer.graph()["1"]
-    node["inputs"]["grounding"] = "anchor propagation"
+    node["inputs"] |= choice
     viewer.load(**{"1": node})
     viewer.run()
     assert not note.is_visible()

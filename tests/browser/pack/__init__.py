@@ -31,16 +31,27 @@ class MadeUpMaps(io.ComfyNode):
                 io.Int.Input("columns", default=64),
                 io.Boolean.Input("softmax", default=True),
                 io.String.Input("grounding", default="paper"),
+                io.String.Input("average", default="after softmax", optional=True),
             ],
             outputs=[io.Custom("CONCEPT_MAPS").Output(), io.Image.Output()],
         )
 
     @classmethod
-    def execute(cls, batch: int, rows: int, columns: int, softmax: bool, grounding: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        batch: int,
+        rows: int,
+        columns: int,
+        softmax: bool,
+        grounding: str,
+        average: str = "after softmax",
+    ) -> io.NodeOutput:
         recording = made_up.recording(
             core("observing.recording").Recording, core("concepts").Concepts, batch, rows, columns
         )
-        maps = core("reading.maps").concept_maps(recording, softmax=softmax, grounding=grounding)
+        maps = core("reading.maps").concept_maps(
+            recording, softmax=softmax, grounding=grounding, average=average
+        )
         axes = (torch.linspace(0, 1, n) for n in recording.image_size)
         ramp = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
         waves = 0.5 + 0.2 * torch.sin(24 * ramp.sum(-1, keepdim=True))
