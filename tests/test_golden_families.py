@@ -11,7 +11,9 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import KSAMPLER, CFGGuider
+from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 from concept_attention.core.concepts import Concepts, ConceptTokens
 from concept_attention.core.observing import observe as observe_module
@@ -43,6 +45,8 @@ class Run:
     streams: list[list[Tensor | None]]
     velocities: list[Tensor]
     samples: Tensor
+    second: list[list[Tensor]]
+    """What the picture makes of itself and the concepts (B, N, D), of each call of the model and layer."""
 
     def scores(self, step: int, layer: int, space: str = "output") -> Tensor:
         """(B, K, N): of every image or video, over all its tokens."""
@@ -61,17 +65,22 @@ def run(
 ) -> Run:
     """Looks at the noisy ``latents`` with the model, one per noise level of the schedule ``sigmas``; or
     samples with a ``sampler`` from the first of them."""
-    vectors, streams, velocities = [], [], []
+    vectors, streams, second, velocities = [], [], [], []
 
     class Reading(BlockReading):
         def __init__(self, *args) -> None:
             vectors.append([])
             streams.append([])
+            second.append([])
             super().__init__(*args)
 
         def _record(self, concepts, seen, picture, out) -> None:
             vectors[-1].append(concepts.out)
             streams[-1].append(self._hidden)
+            q, k, v = (x[:, :, picture] for x in (seen.q, seen.k, seen.v))
+            keys, values = torch.cat((k, concepts.k), 2), torch.cat((v, concepts.v), 2)
+            attended = F.scaled_dot_product_attention(q, keys, values, scale=seen.scale)
+            second[-1].append(rearrange(attended, "b h n d -> b n (h d)"))
             super()._record(concepts, seen, picture, out)
 
     def look(model, noise, sigmas, extra_args, callback, disable):
@@ -92,7 +101,7 @@ def run(
             noise, torch.zeros_like(noise), sampler or KSAMPLER(look), sigmas, disable_pbar=True, seed=0
         )
     hook.remove()
-    return Run(recording_of({"samples": samples}), vectors, streams, velocities, samples)
+    return Run(recording_of({"samples": samples}), vectors, streams, velocities, samples, second)
 
 
 def euler() -> KSAMPLER:
@@ -266,6 +275,28 @@ def test_sd3_samples_what_the_reference_does(sd3, sd3_run):
 def test_sd3_concepts_in_every_step_and_layer(sd3, sd3_run):
     for step in steps(sd3):
         agrees(sd3, sd3_run, f"expected.step{step}", call=step)
+
+
+def test_sd3_scores_differ_from_the_references_by_its_second_attention_and_unit_vectors(sd3, sd3_run):
+    def scores(concepts: Tensor, picture: Tensor) -> Tensor:
+        unit = concepts / (concepts.norm(dim=-1, keepdim=True) + 1e-8)
+        return torch.einsum("bkd,bnd->bkn", unit, picture)[:, 1:]  # without the start token
+
+    for step in steps(sd3):
+        for layer, both in enumerate(zip(sd3_run.vectors[step], sd3_run.second[step], strict=True)):
+            name = f"expected.step{step}.layer{layer}.concept_scores"
+            compare(sd3, name, scores(*both), TOLERANCE)
+    for subset, layers, chosen in choices(sd3):
+        maps = []
+        for layer in layers:  # the reference averages vectors over steps, and maps over layers
+            vectors, pictures = (
+                torch.stack([each[step][layer] for step in chosen]).mean(0)
+                for each in (sd3_run.vectors, sd3_run.second)
+            )
+            maps.append(scores(vectors, pictures).unflatten(-1, sd3.number("token_hw")))
+        raw = torch.stack(maps)
+        compare(sd3, f"expected.heatmaps.output.{subset}raw", raw.mean(0), TOLERANCE)
+        compare(sd3, f"expected.heatmaps.output.{subset}softmax", raw.softmax(2).mean(0), TOLERANCE)
 
 
 def test_sd3_two_images_with_prompts_of_their_own(sd3):

@@ -111,7 +111,10 @@ class Viewer:
         size = {"batch": BATCH, "rows": ROWS, "columns": COLUMNS}
         return {
             # The front end would take what is not given from the workflow before.
-            "1": {"class_type": "TestMadeUpMaps", "inputs": {**size, "softmax": True, "grounding": "paper"}},
+            "1": {
+                "class_type": "TestMadeUpMaps",
+                "inputs": {**size, "softmax": True, "grounding": "paper", "average": "after softmax"},
+            },
             "2": {
                 "class_type": "ConceptViewer",
                 "inputs": {"maps": ["1", 0], "image": ["1", 1], "threshold": 0.5, "concept": ""},
@@ -138,7 +141,7 @@ class Viewer:
     def load_saliency(self, **inputs: object) -> None:
         """The viewer after a Concept Saliency, with a result."""
         given = {"layers": "default", "start_step": 0, "end_step": 10000, "grounding": "paper", **inputs}
-        choices = {"space": "output", "softmax": True, "temperature": 1.0}
+        choices = {"space": "output", "softmax": True, "temperature": 1.0, "average": "after softmax"}
         viewer = self.graph()["2"]
         viewer["inputs"]["maps"] = ["4", 0]
         saliency = {
@@ -913,7 +916,14 @@ def test_a_workflow_with_other_values_does_not_show_a_result_that_it_would_not_g
     viewer.open_workflow(viewer.workflow())
     viewer.run()
     same = viewer.page.evaluate("() => app.graph.serialize()")
-    maps = {"batch": 1, "rows": ROWS, "columns": COLUMNS, "softmax": True, "grounding": "paper"}
+    maps = {
+        "batch": 1,
+        "rows": ROWS,
+        "columns": COLUMNS,
+        "softmax": True,
+        "grounding": "paper",
+        "average": "after softmax",
+    }
     node = {
         **next(n for n in same["nodes"] if n["type"] == "TestMadeUpMaps"),
         "widgets_values": [*maps.values()],
