@@ -148,8 +148,10 @@ def encode_concepts(
     options = {"tokenizer_options": clip.tokenizer_options} if clip.tokenizer_options else {}
 
     def tokenize(text: str) -> dict[str, list]:
-        # A backslash before a parenthesis is taken for an escape, weights or not.
-        return tokenizer.tokenize_with_weights(re.sub(r"\\([()])", r"\\\\\1", text), **options)
+        return tokenizer.tokenize_with_weights(text, **options)
+
+    # Most tokenizers take a backslash before a parenthesis for an escape, weights or not.
+    escapes = tokenize(r"0\(") == tokenize("0(")
 
     probes = [tokenize(text) for text in _PROBES]
     given = probes[0]
@@ -166,14 +168,12 @@ def encode_concepts(
         return encoded[0].float().cpu()
 
     ids = [_unpadded(_ids(probe[encoder]), padding) for probe in probes]
-    encoded = [encode(probe) for probe in probes[: 2 if family.causal else 1]]
-    left_out = max(0, len(_ids(given[encoder])) - len(encoded[0]))
+    front = None
     if family.causal:
-        # Of what is left out, LongCat-Image's encoder leaves some out behind the name.
+        encoded = [encode(probe) for probe in probes]
         front = _own(ids[0], ids[1:]).start - _parting(*encoded)
-        if not 0 <= front <= left_out:
+        if not 0 <= front <= max(0, len(_ids(given[encoder])) - len(encoded[0])):
             raise _not_the_models(family, f"no weights for the text encoder {encoder}")
-        left_out = front
     special = _special_words(tokenizer, encoder)
     sequences, spans, lengths = [], [], []
     for name in names:
@@ -181,21 +181,22 @@ def encode_concepts(
             raise ValueError(
                 f"The concept {name!a} has half a character in it, as of an emoji. Write it anew."
             )
-        tokens = tokenize(name)
-        own = _unpadded(_ids(tokens[encoder]), padding)
+        if command := next((word for word in special if word in name), None):
+            raise _more_than_words(name, command)
+        tokens = tokenize(re.sub(r"\\([()])", r"\\\\\1", name) if escapes else name)
+        whole = _ids(tokens[encoder])
+        own = _unpadded(whole, padding)
         span = _own(own, ids)
-        command = next((word for word in special if word in name), None)
-        if command or span.start < left_out:
-            raise ValueError(
-                f'The concept "{name}" is more than words to the text encoder: "{command or name}" is a '
-                "command of its own. Write the concept without it."
-            )
         if _unknown(tokenizer, encoder, own[span]):
             raise ValueError(
                 f'The text encoder knows no part of the concept "{name}". It was trained on Latin script: '
                 "write the concept in English."
             )
         encoded = encode(tokens)
+        # Template is left out in front; by LongCat-Image's encoder, which is causal, behind the name too.
+        left_out = max(0, len(whole) - len(encoded)) if front is None else front
+        if span.start < left_out:
+            raise _more_than_words(name, name)
         if span.stop - left_out > len(encoded):
             raise ValueError(
                 f'The concept "{name}" is longer than what the text encoder reads. Name it in a few words.'
@@ -210,6 +211,13 @@ def _not_the_models(family: Family, what: str) -> ValueError:
     return ValueError(
         f"The CLIP does not belong to the MODEL: the model is {family.name}, and the CLIP has {what}. "
         f"Load the model's own text encoders: {family.loader}."
+    )
+
+
+def _more_than_words(name: str, command: str) -> ValueError:
+    return ValueError(
+        f'The concept "{name}" is more than words to the text encoder: "{command}" is a command of its own. '
+        "Write the concept without it."
     )
 
 

@@ -19,9 +19,9 @@ HEAD = """\
 
 *Written from the code and the tests, by `nox -s tests -- tests/test_models_page.py --write-docs`.*
 
-A family is all that ComfyUI loads as one class: a model, its fine-tunes, its variants for editing or inpainting.
-Nothing here was tried on real weights. Where the default layers are not the reference's, they are a guess
-until that is done: look at other layers too.
+A family is all that ComfyUI loads as one class: a model, its fine-tunes, its variants for editing or
+inpainting. Nothing here was tried on real weights. Where the default layers are not the reference's, they are
+a guess until that is done: look at other layers too.
 
 | model | class in ComfyUI | text encoders | default layers | checked |
 |---|---|---|---|---|
