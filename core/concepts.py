@@ -126,8 +126,9 @@ def encode_concepts(
 ) -> ConceptTokens:
     """The tokens of names from any CLIP object, in its own template, each name by itself.
 
-    Where a name's tokens lie is seen by comparing its token ids with those of two other texts: what all three
-    begin and end with is template and padding.
+    Where a name's tokens lie is seen by comparing its token ids with those of two other texts, the probes:
+    what all three begin and end with is template and padding. Which rows of the encoding are theirs is seen,
+    with a causal encoder, by where the encodings of the probes part.
 
     Args:
         pooling: one of ``POOLINGS``. "automatic" is the last token of a causal encoder, which has read the
@@ -137,7 +138,7 @@ def encode_concepts(
 
     Raises:
         ValueError: the CLIP does not belong to the model, there is no such pooling, or the encoder has no
-            tokens for a name.
+            tokens for a name or takes it, in whole or in part, for more than its words.
     """
     if pooling not in POOLINGS:
         raise ValueError(f'Unknown token pooling "{pooling}". Choose one of: {", ".join(POOLINGS)}.')
@@ -147,8 +148,10 @@ def encode_concepts(
     options = {"tokenizer_options": clip.tokenizer_options} if clip.tokenizer_options else {}
 
     def tokenize(text: str) -> dict[str, list]:
-        # A backslash before a parenthesis is taken for an escape, weights or not.
-        return tokenizer.tokenize_with_weights(re.sub(r"\\([()])", r"\\\\\1", text), **options)
+        return tokenizer.tokenize_with_weights(text, **options)
+
+    # Most tokenizers take a backslash before a parenthesis for an escape, weights or not.
+    escapes = tokenize(r"0\(") == tokenize("0(")
 
     probes = [tokenize(text) for text in _PROBES]
     given = probes[0]
@@ -157,30 +160,50 @@ def encode_concepts(
     if encoder is None:
         raise _not_the_models(family, f"the text encoders {', '.join(given)}")
     padding = _padding(_ids(given[encoder]))
-    probes = [_unpadded(_ids(probe[encoder]), padding) for probe in probes]
+
+    def encode(tokens: dict[str, list]) -> Tensor:
+        encoded = clip.encode_from_tokens(tokens, return_dict=True)["cond"]
+        if encoded.shape[-1] != width:
+            raise _not_the_models(family, f"text tokens of width {encoded.shape[-1]}, not {width}")
+        return encoded[0].float().cpu()
+
+    ids = [_unpadded(_ids(probe[encoder]), padding) for probe in probes]
+    front = None
+    if family.causal:
+        encoded = [encode(probe) for probe in probes]
+        front = _own(ids[0], ids[1:]).start - _parting(*encoded)
+        if not 0 <= front <= max(0, len(_ids(given[encoder])) - len(encoded[0])):
+            raise _not_the_models(family, f"no weights for the text encoder {encoder}")
+    special = _special_words(tokenizer, encoder)
     sequences, spans, lengths = [], [], []
     for name in names:
         if any("\ud800" <= c <= "\udfff" for c in name):
             raise ValueError(
                 f"The concept {name!a} has half a character in it, as of an emoji. Write it anew."
             )
-        tokens = tokenize(name)
+        if command := next((word for word in special if word in name), None):
+            raise _more_than_words(name, command)
+        tokens = tokenize(re.sub(r"\\([()])", r"\\\\\1", name) if escapes else name)
         whole = _ids(tokens[encoder])
-        ids = _unpadded(whole, padding)
-        span = _own(ids, probes)
-        if _unknown(tokenizer, encoder, ids[span]):
+        own = _unpadded(whole, padding)
+        span = _own(own, ids)
+        if _unknown(tokenizer, encoder, own[span]):
             raise ValueError(
                 f'The text encoder knows no part of the concept "{name}". It was trained on Latin script: '
                 "write the concept in English."
             )
-        encoded = clip.encode_from_tokens(tokens, return_dict=True)["cond"]
-        if encoded.shape[-1] != width:
-            raise _not_the_models(family, f"text tokens of width {encoded.shape[-1]}, not {width}")
-        # Encoders that leave their template out of what they give leave it out in front.
-        left_out = max(0, len(whole) - encoded.shape[1])
-        sequences.append(encoded[0, : len(ids) - left_out].float().cpu())
+        encoded = encode(tokens)
+        # Template is left out in front; by LongCat-Image's encoder, which is causal, behind the name too.
+        left_out = max(0, len(whole) - len(encoded)) if front is None else front
+        if span.start < left_out:
+            raise _more_than_words(name, name)
+        if span.stop - left_out > len(encoded):
+            raise ValueError(
+                f'The concept "{name}" is longer than what the text encoder reads. Name it in a few words.'
+            )
+        sequences.append(encoded[: len(own) - left_out])
         spans.append(slice(span.start - left_out, span.stop - left_out))
-        lengths.append(encoded.shape[1])
+        lengths.append(len(encoded))
     return ConceptTokens(tuple(sequences), tuple(spans), tuple(lengths), pooling)
 
 
@@ -188,6 +211,13 @@ def _not_the_models(family: Family, what: str) -> ValueError:
     return ValueError(
         f"The CLIP does not belong to the MODEL: the model is {family.name}, and the CLIP has {what}. "
         f"Load the model's own text encoders: {family.loader}."
+    )
+
+
+def _more_than_words(name: str, command: str) -> ValueError:
+    return ValueError(
+        f'The concept "{name}" is more than words to the text encoder: "{command}" is a command of its own. '
+        "Write the concept without it."
     )
 
 
@@ -207,15 +237,23 @@ def _ids(sections: list[list[tuple]]) -> list[int]:
 
 
 def _padding(ids: list[int]) -> int | None:
-    """The token that fills a short text up to the encoder's length: a run of three or more at the end."""
-    return ids[-1] if len(ids) > 2 and ids[-3:] == ids[-1:] * 3 else None
+    """The token that fills a short text up to the encoder's length: the longest run of three or more."""
+    runs = [(len(list(run)), token) for token, run in itertools.groupby(ids)]
+    length, token = max(runs, key=lambda run: run[0], default=(0, None))
+    return token if length > 2 else None
 
 
 def _unpadded(ids: list[int], padding: int | None) -> list[int]:
-    end = len(ids)
-    while end and ids[end - 1] == padding:
-        end -= 1
-    return ids[:end]
+    return ids[: ids.index(padding)] if padding in ids else ids
+
+
+def _parting(a: Tensor, b: Tensor) -> int:
+    """The first row in which two encodings (T, C) differ by more than rounding; -1 if none does."""
+    length = min(len(a), len(b))
+    a, b = a[:length], b[:length]
+    difference = (a - b).norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-9)
+    apart = (difference > difference.amax() / 10).nonzero()
+    return int(apart[0]) if len(apart) else -1
 
 
 def _own(ids: list[int], probes: list[list[int]]) -> slice:
@@ -232,9 +270,25 @@ def _own(ids: list[int], probes: list[list[int]]) -> slice:
 
 def _unknown(tokenizer, encoder: str, ids: list[int]) -> bool:
     """Whether the text has no tokens but spaces and the one for what the tokenizer does not know."""
-    part = getattr(tokenizer, encoder, None) or getattr(tokenizer, f"clip_{encoder}", None)
-    pieces = getattr(part, "tokenizer", None)
+    pieces = _pieces(tokenizer, encoder)
     unknown = getattr(pieces, "unk_token", None)
     if not ids or unknown is None:
         return not ids
     return all(piece in (unknown, "▁") for piece in pieces.convert_ids_to_tokens(ids))
+
+
+def _special_words(tokenizer, encoder: str) -> list[str]:
+    """What is one token to the encoder that no other text gives, such as the beginning of a message."""
+    pieces = _pieces(tokenizer, encoder)
+    if getattr(pieces, "special_tokens", None):  # SentencePiece's, as ComfyUI wraps it
+        return list(pieces.special_tokens)
+    added = getattr(pieces, "added_tokens_decoder", None)
+    if added is None and hasattr(getattr(pieces, "tokenizer", None), "get_added_tokens_decoder"):
+        added = pieces.tokenizer.get_added_tokens_decoder()
+    return [token.content for token in (added or {}).values() if token.special]
+
+
+def _pieces(tokenizer, encoder: str):
+    """What cuts a text into tokens for that encoder."""
+    part = getattr(tokenizer, encoder, None) or getattr(tokenizer, f"clip_{encoder}", None)
+    return getattr(part, "tokenizer", None)

@@ -42,7 +42,7 @@ class ConceptAttention(io.ComfyNode):
                     "record_layers",
                     default="all",
                     advanced=True,
-                    tooltip='Double-stream blocks to record: "all", "default", or numbers as in "0, 15-18".',
+                    tooltip='Blocks of the model to record: "all", "default", or numbers as in "0, 15-18".',
                 ),
                 *space_inputs(),
                 io.Int.Input(

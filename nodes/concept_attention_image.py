@@ -121,8 +121,8 @@ class ConceptAttentionImage(io.ComfyNode):
                     default="default",
                     advanced=True,
                     tooltip=(
-                        'Double-stream blocks to record: "default" (the last four), "all", or numbers as in '
-                        '"0, 15-18". The model stops after the last of them.'
+                        'Blocks of the model to record: "default" (which ones depends on the model), "all", '
+                        'or numbers as in "0, 15-18". The model stops after the last of them.'
                     ),
                 ),
                 *space_inputs(),

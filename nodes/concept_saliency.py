@@ -45,7 +45,9 @@ class ConceptSaliency(io.ComfyNode):
                 io.String.Input(
                     "layers",
                     default="default",
-                    tooltip='"default" (the last four), "all", or numbers as in "0, 15-18".',
+                    tooltip=(
+                        '"default" (which ones depends on the model), "all", or numbers as in "0, 15-18".'
+                    ),
                 ),
                 io.Int.Input(
                     "start_step", default=0, min=0, max=10000, tooltip="First sampling step to take in."

@@ -35,8 +35,9 @@ def token_pooling_input() -> io.Combo.Input:
         options=list(POOLINGS),
         advanced=True,
         tooltip=(
-            "How a concept of several tokens becomes one. The paper's reference takes the "
-            'first token, which for "hot air balloon" is "hot".'
+            'How a concept of several tokens becomes one. "automatic" is the last token where the text '
+            "encoder reads forward only, as language models do, and the mean of tokens elsewhere. The "
+            'paper\'s reference takes the first token, which for "hot air balloon" is "hot".'
         ),
     )
 

@@ -43,6 +43,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write docs/models.md anew")
+
+
 @pytest.fixture(autouse=True)
 def _inference_mode():
     """ComfyUI executes nodes in inference mode."""

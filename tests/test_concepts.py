@@ -53,17 +53,17 @@ class Tokenizer:
 
 class FakeClip:
     """The embedding of a token at position p is (token, p, length of its prompt); ``left_out`` tokens of the
-    template are not given."""
+    template are not given, nor are as many at the end as ``behind`` says."""
 
-    def __init__(self, *encoders, left_out=0):
+    def __init__(self, *encoders, left_out=0, behind=0):
         self.tokenizer = Tokenizer(*(encoders or ("letters",)))
         self.tokenizer_options = {}
-        self.left_out = left_out
+        self.given = slice(left_out, -behind or None)
 
     def encode_from_tokens(self, tokens, return_dict):
         section = next(iter(tokens.values()))[0]
         rows = [[float(t), p, len(section)] for p, (t, _) in enumerate(section)]
-        return {"cond": torch.tensor(rows)[None, self.left_out :], "pooled_output": None}
+        return {"cond": torch.tensor(rows)[None, self.given], "pooled_output": None}
 
 
 class AFamily(Family):
@@ -151,6 +151,19 @@ def test_what_an_encoder_leaves_out_of_its_template_does_not_shift_the_names():
     assert torch.equal(
         encoded(("ab", "c"), clip=FakeClip(left_out=2)).pooled(), encoded(("ab", "c")).pooled()
     )
+
+
+CAUSAL = type("B", (AFamily,), {"causal": True})()
+
+
+def test_what_a_causal_encoder_leaves_out_behind_a_name_does_not_shift_it():
+    tokens = encoded(("ab", "c"), clip=FakeClip(left_out=2, behind=3), family=CAUSAL)
+    assert torch.equal(tokens.pooled(), encoded(("ab", "c")).pooled())
+
+
+def test_a_name_that_goes_on_behind_what_is_read_is_an_error():
+    with pytest.raises(ValueError, match='"abcde" is longer than what the text encoder reads'):
+        encoded(("ab", "abcde"), clip=FakeClip(left_out=2, behind=3), family=CAUSAL)
 
 
 def test_sequences_are_whole_prompts_without_padding():

@@ -12,7 +12,7 @@ class MageFlow(QwenBlocks):
     name = "Mage-Flow"
     model = "mage_flow.model.MageFlowTransformer2DModel"
     encoders = ("qwen3vl_4b",)
-    loader = 'CLIPLoader, type "mage_flow": Qwen 3 VL 4B'
+    loader = 'CLIPLoader, type "mage": Qwen 3 VL 4B'
     causal = True
 
     def patch(self, model: nn.Module) -> Patch:

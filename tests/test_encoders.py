@@ -1,0 +1,185 @@
+"""Concepts from ComfyUI's own tokenizers and text encoders, for every family: the rows are the name's."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import pytest
+import torch
+from comfy.sd import CLIPType
+from tiny_encoders import ENCODERS, T5, WIDTH, EncoderRow, clip_of, harmony, tiny_clip
+
+from concept_attention.core.architectures import families
+from concept_attention.core.concepts import ConceptTokens, encode_concepts
+
+FAMILIES = {family.name: family for family in families()}
+
+
+@pytest.fixture(params=ENCODERS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def row(name) -> EncoderRow:
+    return ENCODERS[name]
+
+
+@cache
+def encoded(name: str, *concepts: str) -> ConceptTokens:
+    row = ENCODERS[name]
+    return encode_concepts(tiny_clip(name), concepts, "automatic", FAMILIES[row.family], row.width)
+
+
+def test_every_family_has_an_encoder_here():
+    assert {row.family for row in ENCODERS.values()} | {"Lens"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_the_loaders_types_are_comfyuis(family):
+    types = re.findall('"([a-z0-9_]+)"', family.loader)
+    assert types
+    assert all(hasattr(CLIPType, kind.upper()) for kind in types)
+
+
+def test_a_names_tokens_lie_where_the_encoder_puts_them(name, row):
+    tokens = encoded(name, "dragon", "hot air balloon")
+    assert [(span.start, span.stop) for span in tokens.spans] == list(row.rows)
+    assert tokens.lengths[0] == row.length
+
+
+def test_the_rows_are_those_that_the_clip_gives_for_the_name_as_a_prompt(name):
+    (sequence,) = encoded(name, "hot air balloon").sequences
+    clip = tiny_clip(name)
+    prompt = clip.encode_from_tokens(clip.tokenize("hot air balloon"), return_dict=True)["cond"]
+    assert torch.equal(sequence, prompt[0, : len(sequence)])
+
+
+def test_only_from_its_first_row_on_a_name_differs_from_another(name, row):
+    tokens = encoded(name, "hot air balloon", "hot air pump", "sky")
+    balloon, pump, sky = tokens.sequences
+    start = min(span.start for span in tokens.spans)
+    assert not torch.allclose(balloon[start], sky[start], atol=1e-3)
+    if FAMILIES[row.family].causal:
+        assert torch.allclose(balloon[:start], sky[:start], atol=1e-5)
+        same = min(span.stop for span in tokens.spans[:2]) - start
+        parted = next(
+            i for i in range(same) if not torch.allclose(balloon[start + i], pump[start + i], atol=1e-3)
+        )
+        assert parted >= 2  # the words in common are alike, whatever follows
+        assert torch.allclose(balloon[: start + parted], pump[: start + parted], atol=1e-5)
+
+
+def test_a_causal_name_ends_before_the_template_goes_on(name, row):
+    """With one more word, the tokens of the name stay the same, and the next is another."""
+    if not FAMILIES[row.family].causal:
+        return
+    short, long = encoded(name, "hot air", "hot air balloon").sequences
+    short_span, long_span = encoded(name, "hot air", "hot air balloon").spans
+    assert torch.allclose(short[short_span], long[short_span], atol=1e-5)
+    assert long_span.stop > short_span.stop
+    assert len(short) == short_span.stop or not torch.allclose(
+        short[short_span.stop], long[short_span.stop], atol=1e-3
+    )
+
+
+NAMES = ["(a:1.5)", "embedding:x", r"\(a\)", r"a\b", "{a|b}"]
+
+
+def test_names_are_literal(name, row, monkeypatch):
+    clip = tiny_clip(name)
+    seen = []
+    encode = clip.encode_from_tokens
+
+    def watched(tokens, **options):
+        seen.append(tokens)
+        return encode(tokens, **options)
+
+    monkeypatch.setattr(clip, "encode_from_tokens", watched)
+    family = FAMILIES[row.family]
+    encode_concepts(clip, tuple(NAMES), "automatic", family, row.width)
+    key = next(key for key in family.encoders if key in seen[-1])
+    part = getattr(clip.tokenizer, key, None) or getattr(clip.tokenizer, f"clip_{key}")
+    for written, tokens in zip(NAMES, seen[-len(NAMES) :], strict=True):
+        ids = [token[0] for section in tokens[key] for token in section]
+        assert {token[1] for section in tokens[key] for token in section} == {1.0}
+        assert any(_holds(ids, _plain(part, text)) for text in (written, f" {written}")), written
+
+
+def _plain(part, text: str) -> list[int]:
+    """The ids of a text without what the tokenizer puts around any."""
+    ids = part.tokenizer(text)["input_ids"]
+    return ids[part.tokens_start : -1 if part.tokenizer_adds_end_token else None]
+
+
+def _holds(ids: list[int], part: list[int]) -> bool:
+    return any(ids[i : i + len(part)] == part for i in range(len(ids) - len(part) + 1))
+
+
+@pytest.mark.parametrize(
+    "name,written",
+    [
+        ("qwen-image", "<|im_start|>"),
+        ("qwen-image", "a <|im_end|> b"),
+        ("qwen-image", "<|start_header_id|>"),  # for which ComfyUI leaves the template away
+        ("krea2", "<|im_start|>user"),
+        ("longcat", "<|start_header_id|>"),
+        ("z-image", "<|im_start|>"),
+        ("hunyuan-video", "<|eot_id|>"),
+        ("flux2-dev", "cat [/INST]"),
+        ("chroma", "</s>"),
+        ("sd3", "cat <|endoftext|>"),
+        ("lumina2", "<end_of_turn>"),
+    ],
+)
+def test_words_of_an_encoders_template_are_an_error_that_shows_them(name, written):
+    with pytest.raises(ValueError, match=rf"The concept \"{re.escape(written)}\" is more than words"):
+        encoded(name, "dragon", written)
+
+
+@pytest.mark.parametrize(
+    "name,family,has",
+    [
+        ("flux1", "Z-Image", "the text encoders l, t5xxl"),
+        ("qwen-image", "Krea 2", "the text encoders qwen25_7b"),
+        ("z-image", "Mage-Flow", "the text encoders qwen3_4b"),  # of the same width
+        ("lumina2", "Z-Image", "the text encoders gemma2_2b"),
+        ("flux2-klein", "Z-Image", f"text tokens of width {3 * WIDTH}, not {WIDTH}"),
+        ("joyimage", "Ideogram 4", f"text tokens of width {WIDTH}, not {13 * WIDTH}"),
+        ("chroma", "Stable Diffusion 3", "the text encoders t5xxl"),
+        ("sd3", "Qwen-Image", "the text encoders g, l, t5xxl"),
+    ],
+)
+def test_another_models_clip_is_an_error_that_names_both(name, family, has):
+    family = FAMILIES[family]
+    clip = tiny_clip(name)
+    width = {"Ideogram 4": 13 * WIDTH}.get(family.name, WIDTH)
+    both = f"the model is {family.name}, and the CLIP has {has}."
+    with pytest.raises(ValueError, match=f"{re.escape(both)}.*{re.escape(family.loader)}"):
+        encode_concepts(clip, ("dragon",), "automatic", family, width)
+
+
+@pytest.mark.parametrize("loaded", [{"t5": True}, {"t5": False}], ids=["T5 alone", "none"])
+def test_stable_diffusion_3_without_clip_is_an_error_and_not_t5s_rows(loaded):
+    row = ENCODERS["sd3"]
+    options = {"t5xxl_model_config": T5}
+    without = EncoderRow(
+        row.family, row.tokenizer, row.model, row.rows, 77, options,
+        arguments={"clip_l": False, "clip_g": False, **loaded},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no weights for the text encoder l"):
+        encode_concepts(
+            clip_of(without), ("dragon",), "automatic", FAMILIES[row.family], WIDTH if loaded["t5"] else 4096
+        )
+
+
+def test_lens_tokenizer_has_the_encoders_name():
+    assert set(harmony().tokenize_with_weights("dragon")) == set(FAMILIES["Lens"].encoders)
+
+
+@pytest.mark.parametrize("name,position", [("flux2-klein", 3), ("flux2-dev", 510)])
+def test_flux2s_concepts_take_the_position_of_their_names(name, position):
+    """Klein's texts are filled up from the right by their tokenizer, dev's from the left by the model."""
+    tokens = encoded(name, "dragon")
+    assert FAMILIES["Flux.2"].position(tokens.lengths[0], tokens.spans[0]) == position
