@@ -11,6 +11,7 @@ import comfy.sample
 import comfy.supported_models
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.nested_tensor import NestedTensor
 from torch import Tensor, nn
 
 from concept_attention.core.concepts import Concepts, ConceptTokens
@@ -28,6 +29,8 @@ class Row:
         unet: the arguments of the diffusion model's class.
         width: of the text tokens.
         latent: channels, (frames,) height and width of a latent that is no multiple of the patch.
+        sound: the shape of the sound that a latent has beside it.
+        batch: how many images the model takes at once, up to 2.
         tokens: of the prompt.
         values: what the conditioning has besides.
         prepare: what else a random model needs.
@@ -38,6 +41,8 @@ class Row:
     unet: dict
     width: int
     latent: tuple[int, ...]
+    sound: tuple[int, ...] | None = None
+    batch: int = 2
     tokens: int = 7
     values: dict = field(default_factory=dict)
     prepare: Callable[[nn.Module], None] = lambda model: None
@@ -48,8 +53,16 @@ class Row:
         values = {name: value(g) if callable(value) else value for name, value in self.values.items()}
         return [[context, values]]
 
-    def noise(self, batch: int = 1, seed: int = 1) -> Tensor:
-        return torch.randn(batch, *self.latent, generator=torch.Generator().manual_seed(seed))
+    def noise(self, batch: int = 1, seed: int = 1) -> Tensor | NestedTensor:
+        g = torch.Generator().manual_seed(seed)
+        return self._latent(lambda *shape: torch.randn(batch, *shape, generator=g))
+
+    def empty(self, batch: int = 1) -> Tensor | NestedTensor:
+        return self._latent(lambda *shape: torch.zeros(batch, *shape))
+
+    def _latent(self, make: Callable[..., Tensor]) -> Tensor | NestedTensor:
+        video = make(*self.latent)
+        return video if self.sound is None else NestedTensor([video, make(*self.sound)])
 
     def concept_tokens(self, count: int = 3, seed: int = 5) -> ConceptTokens:
         """Names of one to ``count`` tokens in a template of three."""
@@ -422,6 +435,28 @@ ROWS = {
         (16, 7, 10),
         values={"attention_mask": torch.ones(1, 7, dtype=torch.long)},
     ),
+    "minimax_h3": Row(
+        "MiniMax H3",
+        "MiniMaxH3",
+        {
+            "image_model": "minimax_h3",
+            "hidden_size": 256,
+            "num_layers": 3,
+            "token_refiner_num_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 128,
+            "ffn_hidden_size": 512,
+            "text_dim": 64,
+            "timestep_input_dim": 64,
+            "time_embed_hidden_size": 128,
+            "time_embed_dim": 96,
+        },
+        64,
+        (24, 3, 5, 8),
+        sound=(32, 2, 5),
+        batch=1,
+        prepare=lambda model: model.rope.inv_freq.copy_(10000 ** (-torch.arange(16) / 16)),
+    ),
     "mochi": Row(
         "Mochi",
         "GenmoMochi",
@@ -478,7 +513,7 @@ def concepts_of(count: int = 3) -> Concepts:
 
 def sample(
     model: ModelPatcher, row: Row, *, batch: int = 1, cfg: float = 1.0, steps: int = 2, **options
-) -> Tensor:
+) -> Tensor | NestedTensor:
     """What KSampler does."""
     return comfy.sample.sample(
         model,
@@ -489,7 +524,7 @@ def sample(
         "simple",
         options.pop("positive", row.conditioning(2)),
         options.pop("negative", row.conditioning(3)),
-        torch.zeros(batch, *row.latent),
+        row.empty(batch),
         disable_pbar=True,
         seed=1,
         **options,

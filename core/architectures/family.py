@@ -32,6 +32,8 @@ class Family:
     """Whether the model may take a guidance value (FluxGuidance)."""
     may_stop: ClassVar[bool] = True
     """Whether a call of the model may be left after the last recorded block."""
+    sound: ClassVar[bool] = False
+    """Whether latents are pairs, a video and its sound."""
 
     def matches(self, model: nn.Module) -> bool:
         return any(
@@ -100,6 +102,8 @@ class JointFamily(Family):
 
     text_first: ClassVar[bool] = True
     """Whether the text stands before the picture in the joint sequence."""
+    batched: ClassVar[bool] = True
+    """Whether a call of the model may have more than one row."""
 
     def text(self, call: BlockCall) -> Tensor:
         """The text rows (B, T, D) of the block's input."""

@@ -98,6 +98,11 @@ def observe_image(
         raise ValueError(f'Unknown average "{average}". Choose one of: {"; ".join(AVERAGES)}.')
     diffusion_model = model.get_model_object("diffusion_model")
     family = family_of(diffusion_model)
+    if family.sound:
+        raise ValueError(
+            f"{family.name} makes a video and its sound together, and cannot look at pictures alone. Record "
+            "what it samples, with Concept Attention."
+        )
     coverage = _coverage(model, latent, image_size)
     if noise is None:
         if samples < 1:
