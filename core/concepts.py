@@ -174,6 +174,11 @@ def encode_concepts(
                 "write the concept in English."
             )
         encoded = clip.encode_from_tokens(tokens, return_dict=True)["cond"]
+        if not encoded.any():  # what ComfyUI gives for an encoder that was not loaded
+            raise ValueError(
+                f"The CLIP lacks the text encoder {encoder}, which the concepts of {family.name} come from. "
+                f"Load it with the others: {family.loader}."
+            )
         if encoded.shape[-1] != width:
             raise _not_the_models(family, f"text tokens of width {encoded.shape[-1]}, not {width}")
         # Encoders that leave their template out of what they give leave it out in front.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from einops import rearrange
 from comfy.nested_tensor import NestedTensor
+from einops import rearrange
 from tiny_models import ROWS, Row, concepts_of, sample, tiny
 from torch import Tensor
 
-from concept_attention.core.architectures import families, family_of
+from concept_attention.core.architectures import JointFamily, families, family_of
+from concept_attention.core.architectures.family import BlockCall
 from concept_attention.core.concepts import ConceptTokens
 from concept_attention.core.observing import observe as observe_module
 from concept_attention.core.observing.latents import recording_of
@@ -97,6 +98,12 @@ class Embedding(Reading):
         super()._attended(block, seen, out)
 
 
+def all_but_the_text(family: JointFamily, call: BlockCall, length: int) -> list[int]:
+    start = 0 if family.text_first else family.picture(call, length).stop
+    stop = start + family.text(call).shape[1]
+    return [row for row in range(length) if not start <= row < stop]
+
+
 @pytest.fixture
 def read(monkeypatch):
     """Samples with another reading than the families' own, and gives the readings."""
@@ -121,17 +128,22 @@ def test_every_family_has_a_row():
     assert {row.family for row in ROWS.values()} | {"Flux.1"} == {f.name for f in families()}
 
 
-def test_with_the_prompt_as_concepts_they_are_the_models_own_text_in_every_layer(model, row, read):
+def test_with_the_prompt_as_concepts_they_are_the_models_own_text_in_every_layer(
+    model, row, read, monkeypatch
+):
     depth = len(family(model).layers(model.model.diffusion_model))
-    for call in read(PromptAsConcepts, model, row, batch=row.batch, cfg=3.0, steps=1):
+    if row.further_keys:
+        monkeypatch.setattr(type(family(model)), "keys", all_but_the_text)
+    for call in read(PromptAsConcepts, model, row, batch=row.batch, cfg=row.cfg, steps=1):
         assert len(call.layers) == depth
-        for seen, concepts, _, _, out in call.layers:
-            text = slice(0, call.text) if family(model).text_first else slice(seen.length - call.text, None)
+        for _, concepts, picture, _, out in call.layers:
+            start = 0 if family(model).text_first else picture.stop
+            text = slice(start, start + call.text)
             assert relative(concepts.out, _rows(out)[:, text]) <= 2e-6
 
 
 def test_the_model_embeds_concepts_as_it_does_its_own_text(model, row, read):
-    for call in read(Embedding, model, row, batch=row.batch, cfg=3.0, steps=1):
+    for call in read(Embedding, model, row, batch=row.batch, cfg=row.cfg, steps=1):
         assert torch.equal(call.embedded, call.met)
 
 
@@ -168,7 +180,7 @@ def same(ours: Tensor | NestedTensor, plain: Tensor | NestedTensor) -> bool:
 
 @pytest.mark.parametrize("cfg,batch", [(1.0, 1), (3.0, 2)])
 def test_the_picture_stays_the_same_to_the_last_bit(model, row, cfg, batch):
-    batch = min(batch, row.batch)
+    cfg, batch = min(cfg, row.cfg), min(batch, row.batch)
     plain = sample(model, row, cfg=cfg, batch=batch)
     samples = sample(watched(model, row), row, cfg=cfg, batch=batch)
     assert same(samples, plain)

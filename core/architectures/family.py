@@ -86,6 +86,7 @@ _NOT_ALONE = (
     "attention_mask",
     "clip_fea",
     "control",
+    "image_cond",
     "ref_contexts",
     "ref_latent",
     "ref_latents",
