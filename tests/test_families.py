@@ -45,6 +45,10 @@ def family(model):
     return family_of(model.model.diffusion_model)
 
 
+def every_layer(model) -> range:
+    return range(len(family(model).layers(model.model.diffusion_model)))
+
+
 def relative(ours: Tensor, expected: Tensor) -> float:
     return float((ours.double() - expected.double()).norm() / expected.double().norm())
 
@@ -112,7 +116,7 @@ def read(monkeypatch):
         calls: list = []
         kind = type("Reading", (reading,), {"calls": calls})
         monkeypatch.setattr(observe_module, "reading_of", lambda family: kind)
-        sample(watched(model, row), row, **options)
+        sample(watched(model, row, layers=every_layer(model)), row, **options)
         assert calls
         assert not any(call._guard.broken for call in calls)
         return calls
@@ -131,11 +135,10 @@ def test_every_family_has_a_row():
 def test_with_the_prompt_as_concepts_they_are_the_models_own_text_in_every_layer(
     model, row, read, monkeypatch
 ):
-    depth = len(family(model).layers(model.model.diffusion_model))
     if row.further_keys:
         monkeypatch.setattr(type(family(model)), "keys", all_but_the_text)
     for call in read(PromptAsConcepts, model, row, batch=row.batch, cfg=row.cfg, steps=1):
-        assert len(call.layers) == depth
+        assert len(call.layers) == len(every_layer(model))
         for _, concepts, picture, _, out in call.layers:
             start = 0 if family(model).text_first else picture.stop
             text = slice(start, start + call.text)
@@ -178,14 +181,16 @@ def same(ours: Tensor | NestedTensor, plain: Tensor | NestedTensor) -> bool:
     return all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
 
 
-@pytest.mark.parametrize("cfg,batch", [(1.0, 1), (3.0, 2)])
-def test_the_picture_stays_the_same_to_the_last_bit(model, row, cfg, batch):
+@pytest.mark.parametrize("cfg,batch,layers", [(1.0, 1, "main"), (3.0, 2, "every")])
+def test_the_picture_stays_the_same_to_the_last_bit(model, row, cfg, batch, layers):
     cfg, batch = min(cfg, row.cfg), min(batch, row.batch)
     plain = sample(model, row, cfg=cfg, batch=batch)
-    samples = sample(watched(model, row), row, cfg=cfg, batch=batch)
+    asked = {"layers": every_layer(model)} if layers == "every" else {}
+    samples = sample(watched(model, row, **asked), row, cfg=cfg, batch=batch)
     assert same(samples, plain)
     recording = recording_of({"samples": samples})
-    assert recording.layers == tuple(range(len(family(model).layers(model.model.diffusion_model))))
+    main = family(model).main_layers(model.model.diffusion_model)
+    assert recording.layers == tuple(asked.get("layers", main))
     grid = family(model).grid(model.model.diffusion_model, row.empty())
     shape = (len(recording.layers), batch * grid.frames, 3, grid.rows, grid.columns)
     assert [s.shape for s in recording.scores["output"]] == [shape] * 2

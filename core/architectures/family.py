@@ -44,10 +44,14 @@ class Family:
         """The blocks that concepts go through, in running order."""
         raise NotImplementedError
 
+    def main_layers(self, model: nn.Module) -> range:
+        """The layers that "all" stands for. Others are recorded only where their numbers are named."""
+        return range(len(self.layers(model)))
+
     def default_layers(self, model: nn.Module) -> tuple[int, ...]:
-        """The layers that maps are made from unless others are asked for: the last third, until real weights
-        show better ones."""
-        depth = len(self.layers(model))
+        """The layers that maps are made from unless others are asked for: the last third of the main ones,
+        until real weights show better ones."""
+        depth = len(self.main_layers(model))
         return tuple(range(depth - -(-depth // 3), depth))
 
     def token_width(self, model: nn.Module) -> int:

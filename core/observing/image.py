@@ -76,7 +76,7 @@ def observe_image(
         samples: noise samples per level, S. All levels share them.
         seed: sample i is the noise that ComfyUI draws for seed + i, as in the reference.
         noise: the noise itself, (S, B, C, H, W), in place of that of ``samples`` and ``seed``.
-        layers: the double-stream blocks to record; the family's default ones if None.
+        layers: the layers to record; the family's default ones if None.
         spaces, attend_image, attend_concepts: as in ``observe``.
         pooled_prompt: whether the image's own stream is given the prompt's pooled vector. The reference gives
             it zeros.

@@ -61,7 +61,7 @@ def observe(
 
     Args:
         tokens: of each of ``concepts.all``.
-        layers: the layers of the model to record; all of them by default.
+        layers: the layers of the model to record; its family's main ones by default.
         spaces: what to record, out of the ``SPACES`` of ``reading_of`` the model's family.
         attend_image, attend_concepts: see ``Look``.
         every: evaluations of the model from one that is recorded to the next. The first always is.
@@ -77,7 +77,7 @@ def observe(
     diffusion_model = model.get_model_object("diffusion_model")
     family = family_of(diffusion_model)
     depth = len(family.layers(diffusion_model))
-    recorded = tuple(range(depth)) if layers is None else tuple(sorted(set(layers)))
+    recorded = tuple(sorted(set(family.main_layers(diffusion_model) if layers is None else layers)))
     if not recorded or recorded[0] < 0 or recorded[-1] >= depth:
         raise ValueError(f"This model has the layers 0 to {depth - 1}; asked to record {list(recorded)}.")
     known = reading_of(family).SPACES
