@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
@@ -17,6 +19,7 @@ from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import observe
 from concept_attention.core.observing.readers import reading_of
 from concept_attention.core.observing.readers.blocks import BlockReading
+from concept_attention.core.observing.recording import RecordingError
 from concept_attention.core.reading.maps import concept_maps
 from concept_attention.core.reading.masks import concept_masks
 
@@ -234,3 +237,16 @@ def test_every_space_of_the_reader_is_recorded(model, row):
     recording = recording_of({"samples": sample(watched(model, row, spaces=spaces), row, steps=1)})
     assert set(recording.scores) == set(spaces)
     assert all(s.isfinite().all() for scores in recording.scores.values() for s in scores)
+
+
+def test_a_picture_beside_hidreams_own_is_told_apart():
+    row = replace(ROWS["hidream_i1"], values={**ROWS["hidream_i1"].values, "concat_latent_image": _latent})
+    model = tiny("hidream_i1")
+    samples = sample(watched(model, row), row, steps=1)
+    assert torch.equal(samples, sample(model, row, steps=1))
+    with pytest.raises(RecordingError, match="another picture lies beside the one that is sampled"):
+        recording_of({"samples": samples})
+
+
+def _latent(g: torch.Generator) -> Tensor:
+    return torch.randn(1, 16, 7, 10, generator=g)

@@ -58,6 +58,15 @@ def test_conditionings_count_by_their_strength():
     assert torch.allclose(mean, 0.75 * one + 0.25 * two, atol=1e-5)
 
 
+def test_concepts_are_text_beside_a_prompt_with_pictures_in_it():
+    tags = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    positive = [[ROW.conditioning(2)[0][0], {"minimax_token_tags": tags}]]
+    plain = sample(tiny("minimax_h3"), ROW, steps=1, positive=positive)
+    samples = sampled(positive=positive)
+    assert all(torch.equal(*parts) for parts in zip(samples.unbind(), plain.unbind(), strict=True))
+    assert recording_of({"samples": samples}).scores["output"][0].isfinite().all()
+
+
 @pytest.mark.parametrize("patched", [False, True])
 def test_weights_are_loaded_ahead_only_where_no_block_would_patch_them_twice(monkeypatch, patched):
     ahead: list[bool] = []
@@ -71,7 +80,7 @@ def test_weights_are_loaded_ahead_only_where_no_block_would_patch_them_twice(mon
         layer = tiny("minimax_h3").model.diffusion_model.blocks[2].mlp.fc1
         monkeypatch.setattr(layer, "weight_lowvram_function", lambda weight: weight, raising=False)
     sampled()
-    assert ahead == [False, False, False, not patched], "three names are embedded, then the model is called"
+    assert ahead == [not patched], "one call of the model, and none to embed the names"
 
 
 def test_what_is_recorded_is_kept_out_of_allocation_graphs(monkeypatch):

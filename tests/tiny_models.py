@@ -124,6 +124,29 @@ _HUNYUAN = {
     "meanflow_sum": False,
 }
 
+_MINIMAX = {
+    "image_model": "minimax_h3",
+    "hidden_size": 256,
+    "num_layers": 3,
+    "token_refiner_num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 128,
+    "ffn_hidden_size": 512,
+    "text_dim": 64,
+    "timestep_input_dim": 64,
+    "time_embed_hidden_size": 128,
+    "time_embed_dim": 96,
+}
+
+
+def _keyframes(g: torch.Generator) -> list[dict]:
+    return [{"resolved_frame_index": 0, "latent": torch.randn(1, 24, 1, 6, 8, generator=g)}]
+
+
+def _rope(model: nn.Module) -> None:
+    model.rope.inv_freq.copy_(10000 ** (-torch.arange(16) / 16))
+
+
 ROWS = {
     "flux2": Row(
         "Flux.2",
@@ -546,24 +569,23 @@ ROWS = {
     "minimax_h3": Row(
         "MiniMax H3",
         "MiniMaxH3",
-        {
-            "image_model": "minimax_h3",
-            "hidden_size": 256,
-            "num_layers": 3,
-            "token_refiner_num_layers": 1,
-            "num_attention_heads": 2,
-            "attention_head_dim": 128,
-            "ffn_hidden_size": 512,
-            "text_dim": 64,
-            "timestep_input_dim": 64,
-            "time_embed_hidden_size": 128,
-            "time_embed_dim": 96,
-        },
+        _MINIMAX,
         64,
         (24, 3, 5, 8),
         sound=(32, 2, 5),
         batch=1,
-        prepare=lambda model: model.rope.inv_freq.copy_(10000 ** (-torch.arange(16) / 16)),
+        prepare=_rope,
+    ),
+    "minimax_h3_from_a_frame": Row(
+        "MiniMax H3",
+        "MiniMaxH3",
+        _MINIMAX,
+        64,
+        (24, 3, 5, 8),
+        sound=(32, 2, 5),
+        batch=1,
+        values={"minimax_keyframes": _keyframes},
+        prepare=_rope,
     ),
     "mochi": Row(
         "Mochi",

@@ -135,6 +135,11 @@ class JointFamily(Family):
         """
         raise NotImplementedError
 
+    def embed(self, model: nn.Module, context: Tensor) -> Tensor | None:
+        """What a text (R, T, C) becomes before the first block, if the model has a function for that. None: its
+        forward pass shows it, left at the first block."""
+        return None
+
     def embedded(self, call: BlockCall, tokens: int) -> Tensor:
         """Of the text rows at the first block, those that ``tokens`` given ones became."""
         return self.text(call)[:, :tokens]

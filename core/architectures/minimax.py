@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from .family import BlockCall, JointFamily, picked
@@ -51,15 +49,9 @@ class MiniMaxH3(JointFamily):
         )
         return block.forward(**changed)[None]
 
-    def alone(self, model: nn.Module, arguments: dict[str, Any], context: Tensor) -> dict[str, Any]:
-        """Without what belongs to the text that was given, or is about the whole video."""
-        changed = super().alone(model, arguments, context)
-        changed.pop("minimax_payload", None)
-        latent = next(iter(arguments))
-        video, sound = arguments[latent]
-        patch = self.patch(model)
-        video = video[:, :, : patch.frames, : patch.rows, : patch.columns]
-        return {**changed, latent: [video, sound[..., :1]]}
+    def embed(self, model: nn.Module, context: Tensor) -> Tensor:
+        """Left early, its forward pass would leave weights on their way, and allocations half recorded."""
+        return model.preprocess_text_embeds(context)
 
 
 FAMILIES = (MiniMaxH3(),)

@@ -1,10 +1,10 @@
 """Calls of any model with joint attention, read by calling its own blocks once more.
 
 The model does its own text side. Its forward pass, once more on one token of picture and left at the first
-block, embeds the concepts; each block, once more with the concepts as its text, takes them on. Inside that
-second call attention is ours: concepts attend to each other and to the keys that the picture had in the
-block's own call, which is seen through ``optimized_attention_override`` (ConceptAttention, arXiv 2502.04320,
-section 4). Shapes: B rows of the call, K concepts, N tokens of picture, H heads of d features, D = H * d.
+block, embeds the concepts, unless it has a function that does; each block, once more with the concepts as
+its text, takes them on. Inside that second call attention is ours: concepts attend to each other and to the
+keys that the picture had in the block's own call, which is seen through ``optimized_attention_override``
+(ConceptAttention, arXiv 2502.04320, section 4). Shapes: B rows of the call, K concepts, N tokens of picture, H heads of d features, D = H * d.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import comfy.model_prefetch
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -23,8 +22,13 @@ from ...architectures.family import BlockCall, JointFamily
 from .reading import Complete, Guard, Look, ModelCall, named
 from .stream import dot_products, normalized_over_concepts
 
+try:
+    from comfy import model_prefetch
+except ImportError:  # ComfyUI before it had one
+    model_prefetch = None
+
 # What other nodes put into transformer_options has no part in the concepts' own calls. Nor do these load
-# weights ahead: a call that is left would leave the queue open.
+# weights ahead, since a call that is left would leave the queue open.
 _OTHERS = (
     "patches",
     "patches_replace",
@@ -184,7 +188,10 @@ class BlockReading:
 
     def _at_the_first_block(self, model: nn.Module, call: ModelCall, context: Tensor) -> Tensor:
         given = call.arguments.get("context", call.arguments.get("c_crossattn"))
-        arguments = self._family.alone(model, call.arguments, context.to(given))
+        context = context.to(given)
+        if (embedded := self._family.embed(model, context)) is not None:
+            return embedded
+        arguments = self._family.alone(model, call.arguments, context)
         arguments["transformer_options"] = {k: v for k, v in self._options.items() if k not in _OTHERS}
         found: list[Tensor] = []
 
@@ -205,7 +212,7 @@ class BlockReading:
 
 def _outside_allocation_graphs() -> contextlib.AbstractContextManager:
     """ComfyUI, from 0.34 on, may replay a block's allocations, and then takes back what was made in it."""
-    pause = getattr(comfy.model_prefetch, "pause_malloc_graph", contextlib.nullcontext)
+    pause = getattr(model_prefetch, "pause_malloc_graph", contextlib.nullcontext)
     return pause()
 
 
