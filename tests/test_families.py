@@ -14,6 +14,7 @@ from torch import Tensor
 from concept_attention.core.architectures import JointFamily, families, family_of
 from concept_attention.core.architectures.family import BlockCall
 from concept_attention.core.concepts import ConceptTokens
+from concept_attention.core.geometry import Grid
 from concept_attention.core.observing import observe as observe_module
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import observe
@@ -166,6 +167,33 @@ def test_scores_are_those_of_an_einsum_in_float64(model, row, read):
             attended = torch.einsum("bhkn,bhnd->bkhd", logits.softmax(-1), v).flatten(2)
             expected = torch.einsum("bkd,bnd->bkn", attended, _rows(out)[:, picture].double())
             assert relative(call._scores["output"][layer], expected) <= 1e-5
+
+
+def test_a_token_of_the_picture_is_the_one_of_its_patch(model, row, read):
+    module = model.model.diffusion_model
+    grid = family(model).grid(module, _video(row.empty()))
+    place = Grid(grid.frames - 1, 1, 2)
+    noises = row.noise(), row.noise()
+    video = _video(noises[1])
+    video = video if video.ndim == 5 else video[:, :, None]
+    spans = (slice(i * n, (i + 1) * n) for i, n in zip(place, family(model).patch(module), strict=True))
+    video[(..., *spans)] += 3
+    values = []
+    for noise in noises:
+        seen, _, picture, _, _ = read(Reading, model, row, noise=noise, steps=1)[0].layers[0]
+        values.append(seen.v[:, :, picture])
+    differences = (values[1] - values[0])[0].norm(dim=(0, 2)).unflatten(0, grid)
+    assert torch.equal(differences == differences.max(), one_of(grid, place))
+
+
+def one_of(grid: Grid, place: Grid) -> Tensor:
+    found = torch.zeros(grid, dtype=torch.bool)
+    found[place] = True
+    return found
+
+
+def _video(latent: Tensor | NestedTensor) -> Tensor:
+    return latent if isinstance(latent, Tensor) else latent.unbind()[0]
 
 
 class Beside:

@@ -136,8 +136,8 @@ class JointFamily(Family):
         raise NotImplementedError
 
     def embed(self, model: nn.Module, context: Tensor) -> Tensor | None:
-        """What a text (R, T, C) becomes before the first block, if the model has a function for that. None: its
-        forward pass shows it, left at the first block."""
+        """What a text (R, T, C) becomes before the first block, if the model has a function for that. None:
+        the forward pass shows it, left at the first block."""
         return None
 
     def embedded(self, call: BlockCall, tokens: int) -> Tensor:

@@ -4,7 +4,8 @@ The model does its own text side. Its forward pass, once more on one token of pi
 block, embeds the concepts, unless it has a function that does; each block, once more with the concepts as
 its text, takes them on. Inside that second call attention is ours: concepts attend to each other and to the
 keys that the picture had in the block's own call, which is seen through ``optimized_attention_override``
-(ConceptAttention, arXiv 2502.04320, section 4). Shapes: B rows of the call, K concepts, N tokens of picture, H heads of d features, D = H * d.
+(ConceptAttention, arXiv 2502.04320, section 4). Shapes: B rows of the call, K concepts, N tokens of picture,
+H heads of d features, D = H * d.
 """
 
 from __future__ import annotations
