@@ -96,6 +96,7 @@ def what_to_record(
         record_layers,
         available=range(len(family.layers(diffusion_model))),
         default=family.default_layers(diffusion_model),
+        main=family.main_layers(diffusion_model),
     )
     wanted = {"output": True, **dict.fromkeys(QUERY_SPACES, record_cross_attention), "value": record_value}
     known = reading_of(family).SPACES

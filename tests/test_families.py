@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from comfy.nested_tensor import NestedTensor
 from einops import rearrange
 from tiny_models import ROWS, Row, concepts_of, sample, tiny
 from torch import Tensor
 
-from concept_attention.core.architectures import families, family_of
+from concept_attention.core.architectures import JointFamily, families, family_of
+from concept_attention.core.architectures.family import BlockCall
 from concept_attention.core.concepts import ConceptTokens
+from concept_attention.core.geometry import Grid
 from concept_attention.core.observing import observe as observe_module
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import observe
 from concept_attention.core.observing.readers import reading_of
 from concept_attention.core.observing.readers.blocks import BlockReading
+from concept_attention.core.observing.recording import RecordingError
 from concept_attention.core.reading.maps import concept_maps
 from concept_attention.core.reading.masks import concept_masks
 
@@ -41,6 +47,10 @@ def watched(model, row: Row, tokens: ConceptTokens | None = None, **options):
 
 def family(model):
     return family_of(model.model.diffusion_model)
+
+
+def every_layer(model) -> range:
+    return range(len(family(model).layers(model.model.diffusion_model)))
 
 
 def relative(ours: Tensor, expected: Tensor) -> float:
@@ -96,6 +106,12 @@ class Embedding(Reading):
         super()._attended(block, seen, out)
 
 
+def all_but_the_text(family: JointFamily, call: BlockCall, length: int) -> list[int]:
+    start = 0 if family.text_first else family.picture(call, length).stop
+    stop = start + family.text(call).shape[1]
+    return [row for row in range(length) if not start <= row < stop]
+
+
 @pytest.fixture
 def read(monkeypatch):
     """Samples with another reading than the families' own, and gives the readings."""
@@ -104,7 +120,7 @@ def read(monkeypatch):
         calls: list = []
         kind = type("Reading", (reading,), {"calls": calls})
         monkeypatch.setattr(observe_module, "reading_of", lambda family: kind)
-        sample(watched(model, row), row, **options)
+        sample(watched(model, row, layers=every_layer(model)), row, **options)
         assert calls
         assert not any(call._guard.broken for call in calls)
         return calls
@@ -120,17 +136,21 @@ def test_every_family_has_a_row():
     assert {row.family for row in ROWS.values()} | {"Flux.1"} == {f.name for f in families()}
 
 
-def test_with_the_prompt_as_concepts_they_are_the_models_own_text_in_every_layer(model, row, read):
-    depth = len(family(model).layers(model.model.diffusion_model))
-    for call in read(PromptAsConcepts, model, row, batch=2, cfg=3.0, steps=1):
-        assert len(call.layers) == depth
-        for seen, concepts, _, _, out in call.layers:
-            text = slice(0, call.text) if family(model).text_first else slice(seen.length - call.text, None)
+def test_with_the_prompt_as_concepts_they_are_the_models_own_text_in_every_layer(
+    model, row, read, monkeypatch
+):
+    if row.further_keys:
+        monkeypatch.setattr(type(family(model)), "keys", all_but_the_text)
+    for call in read(PromptAsConcepts, model, row, batch=row.batch, cfg=row.cfg, steps=1):
+        assert len(call.layers) == len(every_layer(model))
+        for _, concepts, picture, _, out in call.layers:
+            start = 0 if family(model).text_first else picture.stop
+            text = slice(start, start + call.text)
             assert relative(concepts.out, _rows(out)[:, text]) <= 2e-6
 
 
 def test_the_model_embeds_concepts_as_it_does_its_own_text(model, row, read):
-    for call in read(Embedding, model, row, batch=2, cfg=3.0, steps=1):
+    for call in read(Embedding, model, row, batch=row.batch, cfg=row.cfg, steps=1):
         assert torch.equal(call.embedded, call.met)
 
 
@@ -139,7 +159,7 @@ def _rows(out: Tensor) -> Tensor:
 
 
 def test_scores_are_those_of_an_einsum_in_float64(model, row, read):
-    for call in read(Reading, model, row, batch=2, steps=1):
+    for call in read(Reading, model, row, batch=row.batch, steps=1):
         for layer, (seen, concepts, picture, keys, out) in enumerate(call.layers):
             k = torch.cat((concepts.k, seen.k[:, :, keys]), 2).double()
             v = torch.cat((concepts.v, seen.v[:, :, keys]), 2).double()
@@ -147,6 +167,33 @@ def test_scores_are_those_of_an_einsum_in_float64(model, row, read):
             attended = torch.einsum("bhkn,bhnd->bkhd", logits.softmax(-1), v).flatten(2)
             expected = torch.einsum("bkd,bnd->bkn", attended, _rows(out)[:, picture].double())
             assert relative(call._scores["output"][layer], expected) <= 1e-5
+
+
+def test_a_token_of_the_picture_is_the_one_of_its_patch(model, row, read):
+    module = model.model.diffusion_model
+    grid = family(model).grid(module, _video(row.empty()))
+    place = Grid(grid.frames - 1, 1, 2)
+    noises = row.noise(), row.noise()
+    video = _video(noises[1])
+    video = video if video.ndim == 5 else video[:, :, None]
+    spans = (slice(i * n, (i + 1) * n) for i, n in zip(place, family(model).patch(module), strict=True))
+    video[(..., *spans)] += 3
+    values = []
+    for noise in noises:
+        seen, _, picture, _, _ = read(Reading, model, row, noise=noise, steps=1)[0].layers[0]
+        values.append(seen.v[:, :, picture])
+    differences = (values[1] - values[0])[0].norm(dim=(0, 2)).unflatten(0, grid)
+    assert torch.equal(differences == differences.max(), one_of(grid, place))
+
+
+def one_of(grid: Grid, place: Grid) -> Tensor:
+    found = torch.zeros(grid, dtype=torch.bool)
+    found[place] = True
+    return found
+
+
+def _video(latent: Tensor | NestedTensor) -> Tensor:
+    return latent if isinstance(latent, Tensor) else latent.unbind()[0]
 
 
 class Beside:
@@ -160,14 +207,22 @@ class Beside:
         return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("cfg,batch", [(1.0, 1), (3.0, 2)])
-def test_the_picture_stays_the_same_to_the_last_bit(model, row, cfg, batch):
+def same(ours: Tensor | NestedTensor, plain: Tensor | NestedTensor) -> bool:
+    parts = ([t] if isinstance(t, Tensor) else t.unbind() for t in (ours, plain))
+    return all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("cfg,batch,layers", [(1.0, 1, "main"), (3.0, 2, "every")])
+def test_the_picture_stays_the_same_to_the_last_bit(model, row, cfg, batch, layers):
+    cfg, batch = min(cfg, row.cfg), min(batch, row.batch)
     plain = sample(model, row, cfg=cfg, batch=batch)
-    samples = sample(watched(model, row), row, cfg=cfg, batch=batch)
-    assert torch.equal(samples, plain)
+    asked = {"layers": every_layer(model)} if layers == "every" else {}
+    samples = sample(watched(model, row, **asked), row, cfg=cfg, batch=batch)
+    assert same(samples, plain)
     recording = recording_of({"samples": samples})
-    assert recording.layers == tuple(range(len(family(model).layers(model.model.diffusion_model))))
-    grid = family(model).grid(model.model.diffusion_model, samples)
+    main = family(model).main_layers(model.model.diffusion_model)
+    assert recording.layers == tuple(asked.get("layers", main))
+    grid = family(model).grid(model.model.diffusion_model, row.empty())
     shape = (len(recording.layers), batch * grid.frames, 3, grid.rows, grid.columns)
     assert [s.shape for s in recording.scores["output"]] == [shape] * 2
     maps = concept_maps(recording)
@@ -183,7 +238,7 @@ def test_another_nodes_attention_is_called_as_often_as_without(model, row):
         patched = observed.clone()
         patched.model_options["transformer_options"]["optimized_attention_override"] = beside
         calls.append((beside.calls, sample(patched, row), beside.calls))
-    assert torch.equal(calls[0][1], calls[1][1])
+    assert same(calls[0][1], calls[1][1])
     assert calls[0][2] == calls[1][2] > 0
 
 
@@ -210,3 +265,16 @@ def test_every_space_of_the_reader_is_recorded(model, row):
     recording = recording_of({"samples": sample(watched(model, row, spaces=spaces), row, steps=1)})
     assert set(recording.scores) == set(spaces)
     assert all(s.isfinite().all() for scores in recording.scores.values() for s in scores)
+
+
+def test_a_picture_beside_hidreams_own_is_told_apart():
+    row = replace(ROWS["hidream_i1"], values={**ROWS["hidream_i1"].values, "concat_latent_image": _latent})
+    model = tiny("hidream_i1")
+    samples = sample(watched(model, row), row, steps=1)
+    assert torch.equal(samples, sample(model, row, steps=1))
+    with pytest.raises(RecordingError, match="another picture lies beside the one that is sampled"):
+        recording_of({"samples": samples})
+
+
+def _latent(g: torch.Generator) -> Tensor:
+    return torch.randn(1, 16, 7, 10, generator=g)

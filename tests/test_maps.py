@@ -166,6 +166,11 @@ def test_layers_are_read_from_text(text, layers):
     assert parse_layers(text, range(5), (3, 4)) == layers
 
 
+def test_all_layers_may_be_fewer_than_there_are():
+    assert parse_layers("all", range(5), (1,), main=range(2)) == (0, 1)
+    assert parse_layers("1-3", range(5), (1,), main=range(2)) == (1, 2, 3)
+
+
 @pytest.mark.parametrize("text", ["", "last", "1;2", "1-", "-1", "1.5", "٣x", 5000 * "9"])
 def test_layers_that_cannot_be_read_are_an_error(text):
     with pytest.raises(ValueError, match="cannot be read"):

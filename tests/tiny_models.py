@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 
 import comfy.ops
 import comfy.sample
 import comfy.supported_models
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.nested_tensor import NestedTensor
 from torch import Tensor, nn
 
 from concept_attention.core.concepts import Concepts, ConceptTokens
@@ -28,8 +30,12 @@ class Row:
         unet: the arguments of the diffusion model's class.
         width: of the text tokens.
         latent: channels, (frames,) height and width of a latent that is no multiple of the patch.
+        sound: the shape of the sound that a latent has beside it.
+        batch, cfg: how many images, and with what guidance; 1 where ComfyUI takes no more than one row.
         tokens: of the prompt.
         values: what the conditioning has besides.
+        further_keys: whether the model's own text attends to more than concepts do beside each other: to what
+            the picture is to be made from, or to other text.
         prepare: what else a random model needs.
     """
 
@@ -38,8 +44,12 @@ class Row:
     unet: dict
     width: int
     latent: tuple[int, ...]
+    sound: tuple[int, ...] | None = None
+    batch: int = 2
+    cfg: float = 3.0
     tokens: int = 7
     values: dict = field(default_factory=dict)
+    further_keys: bool = False
     prepare: Callable[[nn.Module], None] = lambda model: None
 
     def conditioning(self, seed: int, tokens: int | None = None) -> list:
@@ -48,8 +58,16 @@ class Row:
         values = {name: value(g) if callable(value) else value for name, value in self.values.items()}
         return [[context, values]]
 
-    def noise(self, batch: int = 1, seed: int = 1) -> Tensor:
-        return torch.randn(batch, *self.latent, generator=torch.Generator().manual_seed(seed))
+    def noise(self, batch: int = 1, seed: int = 1) -> Tensor | NestedTensor:
+        g = torch.Generator().manual_seed(seed)
+        return self._latent(lambda *shape: torch.randn(batch, *shape, generator=g))
+
+    def empty(self, batch: int = 1) -> Tensor | NestedTensor:
+        return self._latent(lambda *shape: torch.zeros(batch, *shape))
+
+    def _latent(self, make: Callable[..., Tensor]) -> Tensor | NestedTensor:
+        video = make(*self.latent)
+        return video if self.sound is None else NestedTensor([video, make(*self.sound)])
 
     def concept_tokens(self, count: int = 3, seed: int = 5) -> ConceptTokens:
         """Names of one to ``count`` tokens in a template of three."""
@@ -59,8 +77,12 @@ class Row:
         return ConceptTokens(sequences, spans, tuple(len(s) for s in sequences), "last token")
 
 
-def _pooled(width: int) -> Callable[[torch.Generator], Tensor]:
-    return lambda g: torch.randn(1, width, generator=g)
+def _random(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda g: torch.randn(1, *shape, generator=g)
+
+
+def _clip_vision(*shape: int) -> Callable[[torch.Generator], SimpleNamespace]:
+    return lambda g: SimpleNamespace(last_hidden_state=torch.randn(1, *shape, generator=g))
 
 
 _FLUX = {
@@ -101,6 +123,29 @@ _HUNYUAN = {
     "vision_in_dim": None,
     "meanflow_sum": False,
 }
+
+_MINIMAX = {
+    "image_model": "minimax_h3",
+    "hidden_size": 256,
+    "num_layers": 3,
+    "token_refiner_num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 128,
+    "ffn_hidden_size": 512,
+    "text_dim": 64,
+    "timestep_input_dim": 64,
+    "time_embed_hidden_size": 128,
+    "time_embed_dim": 96,
+}
+
+
+def _keyframes(g: torch.Generator) -> list[dict]:
+    return [{"resolved_frame_index": 0, "latent": torch.randn(1, 24, 1, 6, 8, generator=g)}]
+
+
+def _rope(model: nn.Module) -> None:
+    model.rope.inv_freq.copy_(10000 ** (-torch.arange(16) / 16))
+
 
 ROWS = {
     "flux2": Row(
@@ -257,7 +302,7 @@ ROWS = {
         },
         64,
         (16, 7, 10),
-        values={"pooled_output": _pooled(32)},
+        values={"pooled_output": _random(32)},
         prepare=lambda model: model.pos_embed.normal_(generator=torch.Generator().manual_seed(3)),
     ),
     "cogvideox": Row(
@@ -299,7 +344,63 @@ ROWS = {
         {**_HUNYUAN, "patch_size": [1, 2, 2]},
         64,
         (16, 3, 6, 8),
-        values={"guidance": 6.0, "pooled_output": _pooled(32)},
+        values={"guidance": 6.0, "pooled_output": _random(32)},
+    ),
+    "hunyuan_video_from_a_frame": Row(
+        "HunyuanVideo",
+        "HunyuanVideo",
+        {**_HUNYUAN, "patch_size": [1, 2, 2]},
+        64,
+        (16, 3, 6, 8),
+        batch=1,
+        values={"guidance": 6.0, "pooled_output": _random(32), "guiding_frame_index": 0},
+    ),
+    "hunyuan_video_from_references": Row(
+        "HunyuanVideo",
+        "HunyuanVideo",
+        {**_HUNYUAN, "patch_size": [1, 2, 2]},
+        64,
+        (16, 3, 6, 8),
+        batch=1,
+        cfg=1.0,
+        values={"guidance": 6.0, "pooled_output": _random(32), "ref_latent": _random(16, 1, 6, 8)},
+        further_keys=True,
+    ),
+    "hunyuan_video_i2v": Row(
+        "HunyuanVideo",
+        "HunyuanVideoI2V",
+        {**_HUNYUAN, "in_channels": 33, "patch_size": [1, 2, 2]},
+        64,
+        (16, 3, 6, 8),
+        values={
+            "guidance": 6.0,
+            "pooled_output": _random(32),
+            "concat_latent_image": _random(16, 3, 6, 8),
+            "concat_mask": torch.ones(1, 1, 3, 6, 8),
+        },
+    ),
+    "hunyuan_video_15": Row(
+        "HunyuanVideo",
+        "HunyuanVideo15",
+        {
+            **_HUNYUAN,
+            "in_channels": 65,
+            "out_channels": 32,
+            "vec_in_dim": None,
+            "patch_size": [1, 1, 1],
+            "guidance_embed": False,
+            "byt5": True,
+            "use_cond_type_embedding": True,
+            "vision_in_dim": 1152,
+        },
+        64,
+        (32, 3, 5, 7),
+        values={
+            "pooled_output": _random(32),
+            "conditioning_byt5small": _random(4, 1472),
+            "clip_vision_output": _clip_vision(3, 1152),
+            "concat_latent_image": _random(32, 3, 5, 7),
+        },
     ),
     "hunyuan_image": Row(
         "HunyuanVideo",
@@ -422,6 +523,70 @@ ROWS = {
         (16, 7, 10),
         values={"attention_mask": torch.ones(1, 7, dtype=torch.long)},
     ),
+    "hidream_i1": Row(
+        "HiDream-I1",
+        "HiDream",
+        {
+            "image_model": "hidream",
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 3,
+            "num_single_layers": 1,
+            "attention_head_dim": 128,
+            "num_attention_heads": 2,
+            "caption_channels": [64, 64],
+            "text_emb_dim": 32,
+            "axes_dims_rope": (64, 32, 32),
+            "max_resolution": (128, 128),
+            "llama_layers": [0, 1, 2, 3],
+        },
+        64,
+        (16, 7, 10),
+        values={"pooled_output": _random(32), "conditioning_llama3": _random(4, 5, 64)},
+        further_keys=True,
+    ),
+    "boogu": Row(
+        "Boogu",
+        "Boogu",
+        {
+            "image_model": "boogu",
+            "patch_size": 2,
+            "in_channels": 16,
+            "hidden_size": 192,
+            "num_layers": 1,
+            "num_double_stream_layers": 3,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "axes_dim_rope": (32, 32, 32),
+            "instruction_feat_dim": 64,
+        },
+        64,
+        (16, 7, 10),
+        values={"attention_mask": torch.ones(1, 7, dtype=torch.long)},
+    ),
+    "minimax_h3": Row(
+        "MiniMax H3",
+        "MiniMaxH3",
+        _MINIMAX,
+        64,
+        (24, 3, 5, 8),
+        sound=(32, 2, 5),
+        batch=1,
+        prepare=_rope,
+    ),
+    "minimax_h3_from_a_frame": Row(
+        "MiniMax H3",
+        "MiniMaxH3",
+        _MINIMAX,
+        64,
+        (24, 3, 5, 8),
+        sound=(32, 2, 5),
+        batch=1,
+        values={"minimax_keyframes": _keyframes},
+        prepare=_rope,
+    ),
     "mochi": Row(
         "Mochi",
         "GenmoMochi",
@@ -478,7 +643,7 @@ def concepts_of(count: int = 3) -> Concepts:
 
 def sample(
     model: ModelPatcher, row: Row, *, batch: int = 1, cfg: float = 1.0, steps: int = 2, **options
-) -> Tensor:
+) -> Tensor | NestedTensor:
     """What KSampler does."""
     return comfy.sample.sample(
         model,
@@ -489,7 +654,7 @@ def sample(
         "simple",
         options.pop("positive", row.conditioning(2)),
         options.pop("negative", row.conditioning(3)),
-        torch.zeros(batch, *row.latent),
+        row.empty(batch),
         disable_pbar=True,
         seed=1,
         **options,

@@ -99,8 +99,8 @@ class Models:
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """The numbers of the model's double-stream blocks."""
-        return tuple(range(len(self._family.layers(self._diffusion_model))))
+        """The numbers of the model's main layers: Flux.1's double-stream blocks."""
+        return tuple(self._family.main_layers(self._diffusion_model))
 
     @cached_property
     def default_layers(self) -> tuple[int, ...]:

@@ -32,6 +32,8 @@ class Family:
     """Whether the model may take a guidance value (FluxGuidance)."""
     may_stop: ClassVar[bool] = True
     """Whether a call of the model may be left after the last recorded block."""
+    sound: ClassVar[bool] = False
+    """Whether latents are pairs, a video and its sound."""
 
     def matches(self, model: nn.Module) -> bool:
         return any(
@@ -42,10 +44,14 @@ class Family:
         """The blocks that concepts go through, in running order."""
         raise NotImplementedError
 
+    def main_layers(self, model: nn.Module) -> range:
+        """The layers that "all" stands for. Others are recorded only where their numbers are named."""
+        return range(len(self.layers(model)))
+
     def default_layers(self, model: nn.Module) -> tuple[int, ...]:
-        """The layers that maps are made from unless others are asked for: the last third, until real weights
-        show better ones."""
-        depth = len(self.layers(model))
+        """The layers that maps are made from unless others are asked for: the last third of the main ones,
+        until real weights show better ones."""
+        depth = len(self.main_layers(model))
         return tuple(range(depth - -(-depth // 3), depth))
 
     def token_width(self, model: nn.Module) -> int:
@@ -84,6 +90,7 @@ _NOT_ALONE = (
     "attention_mask",
     "clip_fea",
     "control",
+    "image_cond",
     "ref_contexts",
     "ref_latent",
     "ref_latents",
@@ -100,6 +107,8 @@ class JointFamily(Family):
 
     text_first: ClassVar[bool] = True
     """Whether the text stands before the picture in the joint sequence."""
+    batched: ClassVar[bool] = True
+    """Whether a call of the model may have more than one row."""
 
     def text(self, call: BlockCall) -> Tensor:
         """The text rows (B, T, D) of the block's input."""
@@ -125,6 +134,11 @@ class JointFamily(Family):
             options: the ``transformer_options`` to call it with.
         """
         raise NotImplementedError
+
+    def embed(self, model: nn.Module, context: Tensor) -> Tensor | None:
+        """What a text (R, T, C) becomes before the first block, if the model has a function for that. None:
+        the forward pass shows it, left at the first block."""
+        return None
 
     def embedded(self, call: BlockCall, tokens: int) -> Tensor:
         """Of the text rows at the first block, those that ``tokens`` given ones became."""

@@ -9,17 +9,26 @@ from .family import BlockCall, JointFamily, picked
 
 
 class FluxBlocks(JointFamily):
-    """The double-stream blocks that Flux.1 began, as other models have them too."""
+    """The blocks that Flux.1 began, as other models have them too: double-stream blocks, then single-stream
+    ones, in which text and picture share all weights. The former are the main layers, as in the paper."""
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
-        return list(model.double_blocks)
+        return [*model.double_blocks, *model.single_blocks]
+
+    def main_layers(self, model: nn.Module) -> range:
+        return range(len(model.double_blocks))
 
     def text(self, call: BlockCall) -> Tensor:
-        return call["txt"]
+        if "txt" in call.arguments:
+            return call["txt"]
+        text, _ = call["transformer_options"]["img_slice"]
+        return call["x"][:, :text]
 
     def step(
         self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
     ) -> Tensor:
+        if "txt" not in call.arguments:
+            return self._step_in_one_stream(block, call, hidden, positions, options)
         text = call["txt"].shape[1]
         dims = call.arguments.get("modulation_dims_img")
         changed = call.but(
@@ -31,6 +40,23 @@ class FluxBlocks(JointFamily):
             transformer_options=options,
         )
         return block.forward(**changed)[1]
+
+    def _step_in_one_stream(
+        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
+    ) -> Tensor:
+        changed = call.but(
+            x=hidden, pe=picked(call["pe"], 2, positions), attn_mask=None, transformer_options=options
+        )
+        if call.arguments.get("modulation_dims") is not None:
+            changed["modulation_dims"] = [
+                (i, i + 1, _modulation(call["modulation_dims"], p)) for i, p in enumerate(positions)
+            ]
+        return block.forward(**changed)
+
+
+def _modulation(segments: list[tuple[int, int | None, int]], row: int) -> int:
+    """Which modulation a row of the sequence has."""
+    return next(which for start, stop, which in segments if start <= row and (stop is None or row < stop))
 
 
 class Flux2(FluxBlocks):

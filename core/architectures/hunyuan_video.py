@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..geometry import Patch
 from .family import BlockCall
@@ -11,7 +11,8 @@ from .flux2 import FluxBlocks
 
 class HunyuanVideo(FluxBlocks):
     """Reference frames stand between text and picture; other text (glyphs, an image's) stands beside the
-    prompt's, and is left out where concepts are embedded."""
+    prompt's, and is left out where concepts are embedded: before it where kinds of text are told apart (1.5),
+    glyphs behind it elsewhere."""
 
     name = "HunyuanVideo"
     model = "hunyuan_video.model.HunyuanVideo"
@@ -29,6 +30,10 @@ class HunyuanVideo(FluxBlocks):
 
     def picture(self, call: BlockCall, length: int) -> slice:
         return slice(length - call.picture, length)
+
+    def embedded(self, call: BlockCall, tokens: int) -> Tensor:
+        text = self.text(call)
+        return text[:, :tokens] if call.model.cond_type_embedding is None else text[:, -tokens:]
 
 
 FAMILIES = (HunyuanVideo(),)

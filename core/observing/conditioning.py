@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from comfy.samplers import get_area_and_mult
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..geometry import Grid, Patch
+from .latents import video_of
 
 if TYPE_CHECKING:
     from comfy.samplers import CFGGuider
@@ -42,12 +44,21 @@ class Conditionings:
     match a positive's area get the positive's id.
 
     Args:
-        x: the whole latent (B, C, H, W) or (B, C, F, H, W).
+        x: the whole latent as the sampler has it, (B, C, H, W), (B, C, F, H, W), or packed with its sound.
+        shapes: see ``video_of``.
         weights: of the conditionings that have been asked for in this run.
     """
 
-    def __init__(self, guider: CFGGuider, x: Tensor, patch: Patch, weights: dict[object, Tensor]) -> None:
-        self._x, self._patch, self._weights = x, patch, weights
+    def __init__(
+        self,
+        guider: CFGGuider,
+        x: Tensor,
+        shapes: Sequence[Sequence[int]] | None,
+        patch: Patch,
+        weights: dict[object, Tensor],
+    ) -> None:
+        self._given, self._shapes, self._x = x, shapes, video_of(x, shapes)
+        self._patch, self._weights = patch, weights
         self._positives = {c.get("uuid"): c for c in guider.conds.get("positive") or []}
         self._place = 2 if "middle" in guider.conds else 0
         self._others = {
@@ -128,8 +139,9 @@ class Conditionings:
         if uuid not in self._weights:
             rule = ("area", "mask", "mask_strength", "strength")
             given = {name: conditioning[name] for name in rule if name in conditioning}
-            pixels = self._x[:, :1]
+            pixels = self._given[:, :1]
             found = get_area_and_mult({**given, "model_conds": {}, "uuid": uuid}, pixels, None).mult.float()
+            found = video_of(found, self._shapes)[:, :1]
             found = found if found.ndim == 5 else found[:, :, None]
             self._weights[uuid] = functional.avg_pool3d(found, tuple(self._patch), ceil_mode=True).cpu()
         return self._weights[uuid]

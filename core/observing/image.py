@@ -75,7 +75,7 @@ def observe_image(
         samples: noise samples per level, S. All levels share them.
         seed: sample i is the noise that ComfyUI draws for seed + i, as in the reference.
         noise: the noise itself, (S, B, C, H, W), in place of that of ``samples`` and ``seed``.
-        layers: the double-stream blocks to record; the family's default ones if None.
+        layers: the layers to record; the family's default ones if None.
         spaces, attend_image, attend_concepts: as in ``observe``.
         pooled_prompt: whether the image's own stream is given the prompt's pooled vector. The reference gives
             it zeros.
@@ -97,6 +97,11 @@ def observe_image(
         raise ValueError(f'Unknown average "{average}". Choose one of: {"; ".join(AVERAGES)}.')
     diffusion_model = model.get_model_object("diffusion_model")
     family = family_of(diffusion_model)
+    if family.sound:
+        raise ValueError(
+            f"{family.name} makes a video and its sound together, and cannot look at pictures alone. Record "
+            "what it samples, with Concept Attention."
+        )
     coverage = _coverage(model, latent, image_size)
     if noise is None:
         if samples < 1:

@@ -15,9 +15,10 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import count
 
+import comfy.utils
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from ..concepts import Concepts
 from .recording import BUDGET, Recording, RecordingError, gathered
@@ -51,12 +52,26 @@ class Origin:
 _numbers = count()
 _origins: weakref.WeakSet[Origin] = weakref.WeakSet()
 _by_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_by_memory: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Of packed latents, by what their parts share, with the shape of the video."""
 
 
-def remember(samples: Tensor, recording: Recording | str, *, by_content: bool = True) -> Origin:
+def remember(
+    samples: Tensor,
+    recording: Recording | str,
+    *,
+    by_content: bool = True,
+    shapes: Sequence[Sequence[int]] | None = None,
+) -> Origin:
     """Tie a recording, or the reason that there is none, to the tensor that a sampling run returned, and to
-    its images if ``by_content``. Both are forgotten with the tensor."""
+    its images if ``by_content``. Both are forgotten with the tensor, or with the last of its parts.
+
+    Args:
+        shapes: see ``video_of``.
+    """
     origin = _by_tensor[samples] = Origin(recording)
+    if shapes is not None and len(shapes) > 1:
+        _by_memory[samples.untyped_storage()] = origin, tuple(video_of(samples, shapes).shape)
     if by_content:
         origin.know(samples)
     return origin
@@ -102,6 +117,11 @@ def recording_of(latent: dict) -> Recording:
             of runs that do not go together; or for none of them the model computed numbers.
     """
     samples = latent["samples"]
+    if getattr(samples, "is_nested", False):
+        samples = samples.unbind()[0]
+        origin, shape = _by_memory.get(samples.untyped_storage(), (None, None))
+        if origin is not None and samples not in _by_tensor and samples.shape == shape:
+            _by_tensor[samples] = origin
     if not isinstance(samples, Tensor):
         raise RecordingError(_unknown())
     if samples not in _by_tensor:
@@ -113,6 +133,16 @@ def recording_of(latent: dict) -> Recording:
     if found.broken:
         logging.warning("Concept Attention: %s", found.failed)
     return found
+
+
+def video_of(latent: Tensor, shapes: Sequence[Sequence[int]] | None) -> Tensor:
+    """The video in a latent that a sampler works on. With sound, both lie packed in one tensor, and ComfyUI
+    unpacks it into the LATENT's two parts only after the run.
+
+    Args:
+        shapes: of what is packed; None or one of anything else.
+    """
+    return latent if shapes is None else comfy.utils.unpack_latents(latent, shapes)[0]
 
 
 def _recognised(samples: Tensor) -> Recording:

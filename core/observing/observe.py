@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from ..architectures import Family, family_of
 from ..concepts import Concepts, ConceptTokens
 from ..geometry import Grid
 from .conditioning import Chunk, Conditionings
-from .latents import History, remember
+from .latents import History, remember, video_of
 from .readers import reading_of
 from .readers.reading import Complete, Guard, Look, ModelCall, Reading
 from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, unrecorded
@@ -61,7 +61,7 @@ def observe(
 
     Args:
         tokens: of each of ``concepts.all``.
-        layers: the layers of the model to record; all of them by default.
+        layers: the layers of the model to record; its family's main ones by default.
         spaces: what to record, out of the ``SPACES`` of ``reading_of`` the model's family.
         attend_image, attend_concepts: see ``Look``.
         every: evaluations of the model from one that is recorded to the next. The first always is.
@@ -77,7 +77,7 @@ def observe(
     diffusion_model = model.get_model_object("diffusion_model")
     family = family_of(diffusion_model)
     depth = len(family.layers(diffusion_model))
-    recorded = tuple(range(depth)) if layers is None else tuple(sorted(set(layers)))
+    recorded = tuple(sorted(set(family.main_layers(diffusion_model) if layers is None else layers)))
     if not recorded or recorded[0] < 0 or recorded[-1] >= depth:
         raise ValueError(f"This model has the layers 0 to {depth - 1}; asked to record {list(recorded)}.")
     known = reading_of(family).SPACES
@@ -151,8 +151,10 @@ class _Observer:
         **kwargs,
     ):
         guider: CFGGuider = executor.class_obj
+        shapes = kwargs.get("latent_shapes")
         try:
-            self._runs[guider] = _Run(self._recorder(guider, noise, sigmas), self._listener)
+            recorder = self._recorder(guider, video_of(noise, shapes), sigmas)
+            self._runs[guider] = _Run(recorder, self._listener, shapes)
         except Exception as error:
             recording = _reason(error)
         steps = _Steps(callback)
@@ -167,15 +169,16 @@ class _Observer:
                 recording = run.recorder.finish(steps.taken)
             except Exception as error:
                 recording = _reason(error)
-        origin = remember(samples, recording, by_content=False)
+        origin = remember(samples, recording, by_content=False, shapes=shapes)
         if self.maps_only or not (steps.taken or (run and run.recorder.evaluated)):
             return samples  # which hold no picture that this run made
         self._history.add(origin)
         try:
-            origin.know(samples)
+            origin.know(video_of(samples, shapes))
             if steps.x0 is not None:
                 # On the CPU, as the nodes do that hand it on: a GPU rounds otherwise.
-                origin.know(guider.model_patcher.model.process_latent_out(steps.x0.cpu()))
+                x0 = guider.model_patcher.model.process_latent_out(steps.x0.cpu())
+                origin.know(video_of(x0, shapes))
         except Exception:
             logging.warning("Concept Attention will not recognise copies of this LATENT.", exc_info=True)
         return samples
@@ -218,7 +221,7 @@ class _Observer:
         options = dict(model_options or {})
         options["transformer_options"] = {
             **options.get("transformer_options", {}),
-            KEY: (evaluation, Conditionings(guider, x, patch, run.weights)),
+            KEY: (evaluation, Conditionings(guider, x, run.shapes, patch, run.weights)),
         }
         options["sampler_pre_cfg_function"] = [disarm, *options.get("sampler_pre_cfg_function", [])]
         try:
@@ -323,10 +326,12 @@ def _reason(error: Exception) -> str:
 
 @dataclass
 class _Run:
-    """A sampling run, and the weights of its conditionings as far as they have been asked for."""
+    """A sampling run, the shapes of its latents' parts, and the weights of its conditionings as far as they
+    have been asked for."""
 
     recorder: Recorder
     listener: Callable[[Recorder], None] | None
+    shapes: Sequence[Sequence[int]] | None
     weights: dict[object, Tensor] = field(default_factory=dict)
 
     def tell(self) -> None:

@@ -41,7 +41,7 @@ class Recording:
     """Scores of one sampling run, or of existing images.
 
     Attributes:
-        layers: the double-stream blocks recorded.
+        layers: the layers recorded.
         default_layers: those of ``layers`` that the model's family makes maps from by default.
         sigmas: the noise level of each evaluation, in the order they ran.
         steps: the sampler's step that each evaluation belongs to: the last one that starts at its noise
@@ -205,20 +205,27 @@ def _pictures_of(image: int, frames: int) -> range:
 
 
 def parse_layers(
-    text: str, available: Sequence[int], default: Sequence[int], left_out: Sequence[int] = ()
+    text: str,
+    available: Sequence[int],
+    default: Sequence[int],
+    left_out: Sequence[int] = (),
+    main: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """Layers from text: "all", "default", or numbers and ranges as in "0, 15-18".
 
     Args:
         left_out: see ``Recording``.
+        main: what "all" stands for; what is available if None.
 
     Raises:
         ValueError: it is none of these, has a range that runs backwards, or names layers that are not
             available.
     """
     words = text.strip().casefold()
-    if words in ("all", "default"):
-        return tuple(available if words == "all" else default)
+    if words == "all":
+        return tuple(available if main is None else main)
+    if words == "default":
+        return tuple(default)
     layers: set[int] = set()
     for part in words.split(","):
         # Of thousands of digits, int would raise an error of its own.

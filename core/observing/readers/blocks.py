@@ -1,10 +1,11 @@
 """Calls of any model with joint attention, read by calling its own blocks once more.
 
 The model does its own text side. Its forward pass, once more on one token of picture and left at the first
-block, embeds the concepts; each block, once more with the concepts as its text, takes them on. Inside that
-second call attention is ours: concepts attend to each other and to the keys that the picture had in the
-block's own call, which is seen through ``optimized_attention_override`` (ConceptAttention, arXiv 2502.04320,
-section 4). Shapes: B rows of the call, K concepts, N tokens of picture, H heads of d features, D = H * d.
+block, embeds the concepts, unless it has a function that does; each block, once more with the concepts as
+its text, takes them on. Inside that second call attention is ours: concepts attend to each other and to the
+keys that the picture had in the block's own call, which is seen through ``optimized_attention_override``
+(ConceptAttention, arXiv 2502.04320, section 4). Shapes: B rows of the call, K concepts, N tokens of picture,
+H heads of d features, D = H * d.
 """
 
 from __future__ import annotations
@@ -22,8 +23,21 @@ from ...architectures.family import BlockCall, JointFamily
 from .reading import Complete, Guard, Look, ModelCall, named
 from .stream import dot_products, normalized_over_concepts
 
-# What other nodes put into transformer_options has no part in the concepts' own calls.
-_OTHERS = ("patches", "patches_replace", "wrappers", "callbacks", "optimized_attention_override")
+try:
+    from comfy import model_prefetch
+except ImportError:  # ComfyUI before it had one
+    model_prefetch = None
+
+# What other nodes put into transformer_options has no part in the concepts' own calls. Nor do these load
+# weights ahead, since a call that is left would leave the queue open.
+_OTHERS = (
+    "patches",
+    "patches_replace",
+    "wrappers",
+    "callbacks",
+    "optimized_attention_override",
+    "prefetch_dynamic_vbars",
+)
 
 
 class _Embedded(BaseException):
@@ -78,21 +92,26 @@ class BlockReading:
         def attention(function: Callable, *args, **kwargs):
             out = function(*args, **kwargs) if before is None else before(function, *args, **kwargs)
             if self._block is not None and not self._guard.broken:
-                with self._guard:
-                    block, self._block = (
-                        self._block,
-                        None,
-                    )  # of a block's attentions the first is the joint one
+                # Of a block's attentions the first is the joint one.
+                block, self._block = self._block, None
+                with self._guard, _outside_allocation_graphs():
                     self._attended(block, _Attention.of(*args, **kwargs), out)
                 if self._stop and self._complete:
                     raise Complete
             return out
 
         try:
-            yield {**self._options, "optimized_attention_override": attention}
+            yield {**self._options, **self._loading(), "optimized_attention_override": attention}
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _loading(self) -> dict:
+        """Weights that are loaded ahead are patched in place, at each use: blocks that run twice would have
+        them patched twice (LoRAs), and so load theirs when they need them."""
+        if self._options.get("prefetch_dynamic_vbars") and any(map(_patched_in_use, self._blocks)):
+            return {"prefetch_dynamic_vbars": False}
+        return {}
 
     def scores(self) -> list[dict[str, Tensor]]:
         if not self._complete:
@@ -149,8 +168,7 @@ class BlockReading:
         """The concepts (1, K, D) as the model's first block would be given them, and their positions."""
         tokens = self._look.tokens
         rows: list[Tensor] = [None] * len(tokens.sequences)
-        for length in sorted({len(s) for s in tokens.sequences}):
-            names = [i for i, s in enumerate(tokens.sequences) if len(s) == length]
+        for names in self._calls():
             context = torch.stack([tokens.sequences[i] for i in names])
             text = self._at_the_first_block(model, call, context)
             for i, embedded in zip(names, text, strict=True):
@@ -161,9 +179,20 @@ class BlockReading:
         ]
         return tokens.pooled(rows)[None], positions
 
+    def _calls(self) -> list[list[int]]:
+        """Which names are embedded together: those of one length, or each alone."""
+        sequences = self._look.tokens.sequences
+        if not self._family.batched:
+            return [[i] for i in range(len(sequences))]
+        lengths = sorted({len(s) for s in sequences})
+        return [[i for i, s in enumerate(sequences) if len(s) == length] for length in lengths]
+
     def _at_the_first_block(self, model: nn.Module, call: ModelCall, context: Tensor) -> Tensor:
         given = call.arguments.get("context", call.arguments.get("c_crossattn"))
-        arguments = self._family.alone(model, call.arguments, context.to(given))
+        context = context.to(given)
+        if (embedded := self._family.embed(model, context)) is not None:
+            return embedded
+        arguments = self._family.alone(model, call.arguments, context)
         arguments["transformer_options"] = {k: v for k, v in self._options.items() if k not in _OTHERS}
         found: list[Tensor] = []
 
@@ -180,6 +209,17 @@ class BlockReading:
         finally:
             hook.remove()
         return found[0]
+
+
+def _outside_allocation_graphs() -> contextlib.AbstractContextManager:
+    """ComfyUI, from 0.34 on, may replay a block's allocations, and then takes back what was made in it."""
+    pause = getattr(model_prefetch, "pause_malloc_graph", contextlib.nullcontext)
+    return pause()
+
+
+def _patched_in_use(block: nn.Module) -> bool:
+    patches = ("weight_lowvram_function", "bias_lowvram_function", "weight_function", "bias_function")
+    return any(getattr(module, name, None) for module in block.modules() for name in patches)
 
 
 class _Attention(NamedTuple):

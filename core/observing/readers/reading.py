@@ -44,8 +44,9 @@ class ModelCall:
 
     @property
     def x(self) -> Tensor:
-        """The latent: a model's first argument, whatever its name."""
-        return next(iter(self.arguments.values()))
+        """The latent: a model's first argument, whatever its name; of a video with sound, the video."""
+        latent = next(iter(self.arguments.values()))
+        return latent if isinstance(latent, Tensor) else latent[0]
 
     @property
     def options(self) -> dict:

@@ -1,0 +1,108 @@
+"""Latents that are pairs, a video and its sound: one packed tensor to the sampler, two in the LATENT."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+
+import comfy.model_prefetch
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.nested_tensor import NestedTensor
+from tiny_models import ROWS, concepts_of, sample, tiny
+
+from concept_attention.core.observing.image import observe_image
+from concept_attention.core.observing.latents import recording_of
+from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.recording import RecordingError
+
+ROW = ROWS["minimax_h3"]
+
+
+def sampled(concepts: int = 3, **options) -> NestedTensor:
+    model = observe(tiny("minimax_h3"), concepts_of(concepts), ROW.concept_tokens(concepts))
+    return sample(model, ROW, steps=1, **options)
+
+
+def test_of_runs_that_made_the_same_video_each_latent_has_its_own_recording():
+    first, second = sampled(2), sampled(3)
+    assert all(torch.equal(*parts) for parts in zip(first.unbind(), second.unbind(), strict=True))
+    gc.collect()  # the MODELs, and what their histories hold
+    counts = [len(recording_of({"samples": s}).concepts.all) for s in (first, second)]
+    assert counts == [2, 3]
+
+
+def test_the_recording_goes_with_the_video_alone():
+    samples = sampled()
+    recording = recording_of({"samples": samples})
+    video, sound = samples.unbind()
+    assert recording_of({"samples": video}) is recording
+    with pytest.raises(RecordingError, match="not sampled with Concept Attention"):
+        recording_of({"samples": sound})
+
+
+def test_a_part_of_the_video_is_not_taken_for_all_of_it():
+    video, sound = sampled().unbind()
+    with pytest.raises(RecordingError, match="upscaled or cropped"):
+        recording_of({"samples": NestedTensor([video[:, :, :, :4], sound])})
+
+
+def test_conditionings_count_by_their_strength():
+    (context, _), (other, _) = ROW.conditioning(2)[0], ROW.conditioning(4)[0]
+    both = [[context, {"strength": 3.0}], [other, {"strength": 1.0}]]
+    runs = ([[context, {}]], [[other, {}]], both)
+    one, two, mean = (
+        recording_of({"samples": sampled(positive=positive)}).scores["output"][0] for positive in runs
+    )
+    assert torch.allclose(mean, 0.75 * one + 0.25 * two, atol=1e-5)
+
+
+def test_concepts_are_text_beside_a_prompt_with_pictures_in_it():
+    tags = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    positive = [[ROW.conditioning(2)[0][0], {"minimax_token_tags": tags}]]
+    plain = sample(tiny("minimax_h3"), ROW, steps=1, positive=positive)
+    samples = sampled(positive=positive)
+    assert all(torch.equal(*parts) for parts in zip(samples.unbind(), plain.unbind(), strict=True))
+    assert recording_of({"samples": samples}).scores["output"][0].isfinite().all()
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_weights_are_loaded_ahead_only_where_no_block_would_patch_them_twice(monkeypatch, patched):
+    ahead: list[bool] = []
+
+    def queue(blocks, device, options):
+        ahead.append(options.get("prefetch_dynamic_vbars", False))
+
+    monkeypatch.setattr(comfy.model_prefetch, "make_prefetch_queue", queue)
+    monkeypatch.setattr(ModelPatcher, "is_dynamic", lambda patcher: True)
+    if patched:
+        layer = tiny("minimax_h3").model.diffusion_model.blocks[2].mlp.fc1
+        monkeypatch.setattr(layer, "weight_lowvram_function", lambda weight: weight, raising=False)
+    sampled()
+    assert ahead == [not patched], "one call of the model, and none to embed the names"
+
+
+def test_what_is_recorded_is_kept_out_of_allocation_graphs(monkeypatch):
+    paused = []
+
+    @contextlib.contextmanager
+    def pause():
+        paused.append(True)
+        yield
+
+    monkeypatch.setattr(comfy.model_prefetch, "pause_malloc_graph", pause, raising=False)
+    sampled()
+    assert len(paused) == 3, "once in each block"
+
+
+def test_pictures_without_sound_are_refused():
+    with pytest.raises(ValueError, match="MiniMax H3 makes a video and its sound together"):
+        observe_image(
+            tiny("minimax_h3"),
+            concepts_of(),
+            ROW.concept_tokens(),
+            torch.zeros(1, 24, 1, 4, 4),
+            ROW.conditioning(2),
+            image_size=(64, 64),
+        )
