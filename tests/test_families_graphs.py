@@ -1,10 +1,13 @@
-"""Every family among other nodes: conditionings of all kinds, context windows, patches, caches, compilation."""
+"""Families among other nodes: conditionings of all kinds, context windows, patches, caches, compilation."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import comfy.controlnet
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
 import comfy_extras.nodes_context_windows as context_windows
 import comfy_extras.nodes_easycache as easycache
 import comfy_extras.nodes_flux as flux_nodes
@@ -21,9 +24,12 @@ from torch import Tensor, nn
 
 import nodes
 from concept_attention.core.architectures import family_of
+from concept_attention.core.observing.image import encode_images, observe_image, patch_pixels, step_levels
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import observe
 from concept_attention.core.observing.recording import Recording
+from concept_attention.nodes.concept_attention_image import ConceptAttentionImage
+from tiny_flux import random_clip
 
 TOLERANCE = 1e-5
 # Flux.2's texts, which ComfyUI fills up to 512 tokens, would take most of the time.
@@ -220,7 +226,9 @@ def test_inpainting_is_recorded_from_the_step_that_it_starts_at(model, row):
     assert recording(samples).sigmas == pytest.approx(whole[-2:])
 
 
-def windows(model: ModelPatcher, length: int, dim: int, schedule: str = "standard_static", loop: bool = False):
+def windows(
+    model: ModelPatcher, length: int, dim: int, schedule: str = "standard_static", loop: bool = False
+):
     return context_windows.ContextWindowsManualNode.execute(
         model, length, 1, schedule, 1, loop, "pyramid", dim, False
     ).result[0]
@@ -230,7 +238,9 @@ def windows(model: ModelPatcher, length: int, dim: int, schedule: str = "standar
 def test_context_windows_over_a_batch_record_every_image(model, row, length):
     samples = sample(windows(observed(model, row), length, 0), row, batch=3, cfg=3.0)
     assert torch.equal(samples, sample(windows(model, length, 0), row, batch=3, cfg=3.0))
-    assert relative(first_scores(samples), first_scores(sample(observed(model, row), row, batch=3))) <= TOLERANCE
+    assert (
+        relative(first_scores(samples), first_scores(sample(observed(model, row), row, batch=3))) <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,7 +287,9 @@ def test_a_model_that_does_not_fit_is_recorded_the_same(model, row, monkeypatch)
     monkeypatch.setattr(
         ModelPatcher,
         "load",
-        lambda self, device, **options: load(self, device, **{**options, "lowvram_model_memory": 1, "full_load": False}),
+        lambda self, device, **options: load(
+            self, device, **{**options, "lowvram_model_memory": 1, "full_load": False}
+        ),
     )
     patched = with_lora(model)
     samples = sample(observed(patched, row), row)
@@ -305,7 +317,12 @@ class Residuals(comfy.controlnet.ControlBase):
 
 @pytest.mark.parametrize(
     "name,place,width",
-    [("flux2", "input", 256), ("chroma", "input", 256), ("qwen_image", "input", 256), ("sd35_medium", "output", 192)],
+    [
+        ("flux2", "input", 256),
+        ("chroma", "input", 256),
+        ("qwen_image", "input", 256),
+        ("sd35_medium", "output", 192),
+    ],
 )
 def test_a_controlnet_counts_from_the_block_after_its_residual(model, row, place, width):
     tokens = family_of(model.model.diffusion_model).grid(model.model.diffusion_model, row.noise()).size
@@ -340,7 +357,10 @@ def test_scores_come_from_the_attention_before_guidance_nodes_edit_it(model, row
     for patched in (observed(guided(model), row), guided(observed(model, row))):
         samples = sample(patched, row, cfg=3.0)
         assert torch.equal(samples, plain)
-        assert relative(first_scores(samples)[0], first_scores(sample(observed(model, row), row))[0]) <= TOLERANCE
+        assert (
+            relative(first_scores(samples)[0], first_scores(sample(observed(model, row), row))[0])
+            <= TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("name", ["flux2", "chroma", "qwen_image", "sd35_medium"])
@@ -398,7 +418,15 @@ def by_object_patches(model: ModelPatcher) -> ModelPatcher:
     return compiled
 
 
-@pytest.mark.parametrize("compile_model", [by_the_stock_node, block_by_block, by_object_patches])
+@pytest.mark.parametrize(
+    "name,compile_model",
+    [
+        ("qwen_image", by_the_stock_node),
+        ("sd35_medium", by_the_stock_node),
+        ("z_image", block_by_block),
+        ("krea2", by_object_patches),
+    ],
+)
 def test_a_compiled_model_is_recorded_and_stays_usable(model, row, compile_model):
     torch._dynamo.reset()
     expected = first_scores(sample(observed(model, row), row))
@@ -413,3 +441,140 @@ def test_a_compiled_model_is_recorded_and_stays_usable(model, row, compile_model
     for run in runs[1:3]:
         assert relative(first_scores(run), expected) <= TOLERANCE
     torch._dynamo.reset()
+
+
+IMAGES = (*NAMES, "flux2_klein", "cogvideox", "hunyuan_video", "omnigen2")
+
+
+def look(model: ModelPatcher, row: Row, latent: Tensor, **options) -> Recording:
+    size = model.get_model_object("latent_format").spacial_downscale_ratio
+    image_size = (latent.shape[-2] * size, latent.shape[-1] * size)
+    return observe_image(
+        model,
+        concepts_of(),
+        row.concept_tokens(),
+        latent,
+        row.conditioning(2),
+        image_size=image_size,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_look_at_a_picture_is_the_first_evaluation_of_sampling_and_leaves_nothing_behind(model, row):
+    row = replace(row, latent=(row.latent[0], *(1 for _ in row.latent[3:]), *row.latent[-2:]))
+    plain = sample(model, row)
+    latent = row.noise(2, seed=9)
+    found = look(model, row, latent, levels=(1.0, 0.3), layers=[1])
+    assert found.sigmas == (1.0, 0.3)
+    assert torch.equal(sample(model, row), plain)
+    assert not any(m._forward_pre_hooks for m in model.model.diffusion_model.modules())
+
+    sampling = model.get_model_object("model_sampling")
+    guider = comfy.samplers.CFGGuider(observed(model, row, layers=[1]))
+    guider.inner_set_conds({"positive": row.conditioning(2)})
+    for level, scores in zip(found.sigmas, found.scores["output"], strict=True):
+        flow = isinstance(sampling, comfy.model_sampling.CONST)
+        sigma = level if flow else 0.3 / 0.7 if level == 0.3 else float(sampling.sigma_max)
+        noise = comfy.sample.prepare_noise(latent, 0)
+        x = sampling.noise_scaling(
+            torch.tensor(sigma), noise.clone(), guider.model_patcher.model.process_latent_in(latent)
+        )
+        alone = Once(x)
+        sampled = guider.sample(noise, latent, alone, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=0)
+        assert relative(scores, first_scores(sampled)) <= TOLERANCE
+
+
+class Once(comfy.samplers.Sampler):
+    """Evaluates the model at ``x`` and the first noise level."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args) -> Tensor:
+        model_wrap(self._x, sigmas[:1].expand(len(self._x)), **extra_args)
+        return self._x.clone()
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_noise_levels_by_step_lie_in_the_models_schedule(model):
+    levels = step_levels(model, "0, 1, 3", 4)
+    assert len(levels) == 3
+    assert all(0 <= level <= 1 for level in levels)
+    assert levels[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_look_at_a_video_has_all_its_frames(model, row):
+    found = look(model, row, row.noise(2, seed=9), samples=2)
+    assert found.frames == 3
+    assert [s.shape[1] for s in found.scores["output"]] == [6, 6]
+    assert found.batch == 2
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "krea2"])
+def test_a_picture_without_frames_is_looked_at_as_one_frame(model, row):
+    latent = row.noise(2, seed=9)
+    ours, expected = look(model, row, latent[:, :, 0]), look(model, row, latent)
+    assert torch.equal(ours.scores["output"][0], expected.scores["output"][0])
+
+
+class VideoVAE:
+    """Takes a batch of images for the frames of one video, as ComfyUI's does with a video model's."""
+
+    latent_dim = 3
+
+    def encode(self, images: Tensor) -> Tensor:
+        frames = images.movedim(-1, 0)[None]
+        return torch.nn.functional.avg_pool3d(frames[:, :, ::4], (1, 8, 8))
+
+
+def test_images_are_no_frames_of_one_video():
+    images = torch.rand(5, 24, 40, 3)
+    latent = encode_images(VideoVAE(), images, 16)
+    assert latent.shape == (5, 3, 1, 4, 6)
+    for ours, image in zip(latent, images, strict=True):
+        assert torch.equal(ours, encode_images(VideoVAE(), image[None], 16)[0])
+
+
+PIXELS = {"flux2": 16, "chroma": 16, "chroma_radiance": 16, "qwen_image": 16, "z_image": 16, "krea2": 16}
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_a_patch_has_as_many_pixels_as_the_familys_vae_and_patches_say(model, name):
+    assert patch_pixels(model) == PIXELS[name]
+
+
+class PictureVAE:
+    latent_dim = 2
+
+    def encode(self, images: Tensor) -> Tensor:
+        size = (len(images), 16, images.shape[1] // 8, images.shape[2] // 8)
+        return torch.randn(size, generator=torch.Generator().manual_seed(9))
+
+
+def test_guidance_reaches_only_models_that_are_distilled_for_it():
+    """Chroma takes a guidance value, and was trained on 0."""
+    scores = []
+    for guidance in (0.0, 9.0):
+        (latent,) = ConceptAttentionImage.execute(
+            tiny("chroma"),
+            random_clip(64),
+            PictureVAE(),
+            torch.rand(1, 32, 48, 3, generator=torch.Generator().manual_seed(3)),
+            "cat, ball",
+            "sky",
+            "a cat",
+            {"noise": "level", "levels": "0.5"},
+            samples=1,
+            seed=0,
+            token_pooling="automatic",
+            record_layers="default",
+            record_cross_attention=False,
+            record_value=False,
+            average="after softmax",
+            guidance=guidance,
+            pooled_prompt=True,
+        ).result
+        scores.append(recording_of(latent).scores["output"][0])
+    assert torch.equal(*scores)

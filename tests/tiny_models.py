@@ -249,7 +249,9 @@ ROWS = {
             "reference_latents": _tensors((1, 16, 6, 8)),
             "reference_latents_text_embeds": _tensors((1, 5, 64)),
             "clip_vision_outputs": lambda g: [
-                SimpleNamespace(last_hidden_state=torch.randn(1, 6, 48, generator=g), image_sizes=[(3, 32, 48)])
+                SimpleNamespace(
+                    last_hidden_state=torch.randn(1, 6, 48, generator=g), image_sizes=[(3, 32, 48)]
+                )
             ],
         },
     ),

@@ -45,8 +45,8 @@ class NextDiT(JointFamily):
 
 
 def _start(call: BlockCall) -> int:
-    """Where the prompt begins: after the text of reference images, which are modulated at time 0 as they are."""
-    current = call.arguments.get("timestep_zero_index")  # what is not: the picture, then the prompt
+    """Where the prompt begins: after the text of reference images."""
+    current = call.arguments.get("timestep_zero_index")  # the parts that are not at time 0: picture, prompt
     return current[1][0] if current else 0
 
 
