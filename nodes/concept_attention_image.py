@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
+from ..core.architectures import family_of
 from ..core.observing.image import (
     LEVEL,
     encode_images,
@@ -189,9 +190,11 @@ class ConceptAttentionImage(io.ComfyNode):
             levels = step_levels(model, noise["steps"], noise["of"])
         else:
             levels = parse_levels(noise["levels"])
-        conditioning = clip.encode_from_tokens_scheduled(
-            clip.tokenize(prompt), add_dict={"guidance": guidance}
+        # Others may take it for what they were not trained on: Chroma for one is always given 0.
+        added = (
+            {"guidance": guidance} if family_of(model.get_model_object("diffusion_model")).guidance else {}
         )
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt), add_dict=added)
         latent = encode_images(vae, image, patch_pixels(model))
         recording = observe_image(
             model,

@@ -75,6 +75,19 @@ class Reading(BlockReading):
         super()._record(concepts, seen, picture, out)
 
 
+class BesideReferences:
+    """A family whose concepts attend to what is there beside the prompt, as the model's own text does."""
+
+    def __init__(self, family, prompt: slice) -> None:
+        self._family, self._prompt = family, prompt
+
+    def __getattr__(self, name):
+        return getattr(self._family, name)
+
+    def keys(self, call, length) -> list[int]:
+        return [*range(self._prompt.start), *range(self._prompt.stop, length)]
+
+
 class PromptAsConcepts(Reading):
     """The text rows of the model's first block go through it once more as concepts."""
 
@@ -88,7 +101,11 @@ class PromptAsConcepts(Reading):
         rows = self._family.text(block.call)
         if block.layer == 0:
             self._hidden, self._positions = rows.clone(), list(range(rows.shape[1]))
-        self.text = rows.shape[1]
+        after = self._family.picture(block.call, seen.length).stop
+        start = self.row.text_start if self._family.text_first else after
+        self.text = slice(start, start + rows.shape[1])
+        if "reference_latents" in self.row.values:
+            self._family = BesideReferences(family_of(self._model), self.text)
         super()._attended(block, seen, out)
 
 
@@ -118,7 +135,7 @@ def read(monkeypatch):
 
     def run(reading: type[Reading], model, row, **options) -> list:
         calls: list = []
-        kind = type("Reading", (reading,), {"calls": calls})
+        kind = type("Reading", (reading,), {"calls": calls, "row": row})
         monkeypatch.setattr(observe_module, "reading_of", lambda family: kind)
         sample(watched(model, row, layers=every_layer(model)), row, **options)
         assert calls
@@ -143,10 +160,8 @@ def test_with_the_prompt_as_concepts_they_are_the_models_own_text_in_every_layer
         monkeypatch.setattr(type(family(model)), "keys", all_but_the_text)
     for call in read(PromptAsConcepts, model, row, batch=row.batch, cfg=row.cfg, steps=1):
         assert len(call.layers) == len(every_layer(model))
-        for _, concepts, picture, _, out in call.layers:
-            start = 0 if family(model).text_first else picture.stop
-            text = slice(start, start + call.text)
-            assert relative(concepts.out, _rows(out)[:, text]) <= 2e-6
+        for _, concepts, _, _, out in call.layers:
+            assert relative(concepts.out, _rows(out)[:, call.text]) <= 2e-6
 
 
 def test_the_model_embeds_concepts_as_it_does_its_own_text(model, row, read):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -33,6 +33,7 @@ class Row:
         sound: the shape of the sound that a latent has beside it.
         batch, cfg: how many images, and with what guidance; 1 where ComfyUI takes no more than one row.
         tokens: of the prompt.
+        text_start: how much text of other pictures stands before it.
         values: what the conditioning has besides.
         further_keys: whether the model's own text attends to more than concepts do beside each other: to what
             the picture is to be made from, or to other text.
@@ -48,6 +49,7 @@ class Row:
     batch: int = 2
     cfg: float = 3.0
     tokens: int = 7
+    text_start: int = 0
     values: dict = field(default_factory=dict)
     further_keys: bool = False
     prepare: Callable[[nn.Module], None] = lambda model: None
@@ -83,6 +85,10 @@ def _random(*shape: int) -> Callable[[torch.Generator], Tensor]:
 
 def _clip_vision(*shape: int) -> Callable[[torch.Generator], SimpleNamespace]:
     return lambda g: SimpleNamespace(last_hidden_state=torch.randn(1, *shape, generator=g))
+
+
+def _tensors(*shapes: tuple[int, ...]) -> Callable[[torch.Generator], list[Tensor]]:
+    return lambda g: [torch.randn(shape, generator=g) for shape in shapes]
 
 
 _FLUX = {
@@ -147,99 +153,167 @@ def _rope(model: nn.Module) -> None:
     model.rope.inv_freq.copy_(10000 ** (-torch.arange(16) / 16))
 
 
+_FLUX2 = {
+    "image_model": "flux2",
+    "in_channels": 128,
+    "out_channels": 128,
+    "vec_in_dim": None,
+    "context_in_dim": 64,
+    "hidden_size": 256,
+    "mlp_ratio": 3.0,
+    "num_heads": 2,
+    "depth": 3,
+    "depth_single_blocks": 2,
+    "axes_dim": [32, 32, 32, 32],
+    "theta": 2000,
+    "patch_size": 1,
+    "qkv_bias": False,
+    "guidance_embed": True,
+    "txt_ids_dims": [3],
+    "global_modulation": True,
+    "mlp_silu_act": True,
+    "ops_bias": False,
+    "default_ref_method": "index",
+    "ref_index_scale": 10.0,
+}
+_CHROMA = {
+    "image_model": "chroma",
+    "in_channels": 64,
+    "out_channels": 64,
+    "context_in_dim": 64,
+    "hidden_size": 256,
+    "mlp_ratio": 4.0,
+    "num_heads": 2,
+    "depth": 3,
+    "depth_single_blocks": 2,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "in_dim": 64,
+    "out_dim": 256,
+    "hidden_dim": 64,
+    "n_layers": 2,
+    "txt_ids_dims": [],
+    "vec_in_dim": None,
+}
+_QWEN = {
+    "image_model": "qwen_image",
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 3,
+    "attention_head_dim": 128,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 64,
+}
+_Z_IMAGE = {
+    "image_model": "lumina2",
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 256,
+    "n_layers": 3,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "qk_norm": True,
+    "cap_feat_dim": 64,
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+    "z_image_modulation": True,
+    "time_scale": 1000.0,
+    "pad_tokens_multiple": 32,
+}
+_SD3 = {
+    "input_size": None,
+    "patch_size": 2,
+    "in_channels": 16,
+    "depth": 3,
+    "adm_in_channels": 32,
+    "context_embedder_config": {
+        "target": "torch.nn.Linear",
+        "params": {"in_features": 64, "out_features": 192},
+    },
+    "num_patches": 64,
+    "pos_embed_max_size": 8,
+}
+
+
+def _sd3(unet: dict) -> Row:
+    def prepare(model: nn.Module) -> None:
+        model.pos_embed.normal_(generator=torch.Generator().manual_seed(3))
+
+    values = {"pooled_output": _random(32)}
+    return Row("Stable Diffusion 3", "SD3", unet, 64, (16, 7, 10), values=values, prepare=prepare)
+
+
 ROWS = {
-    "flux2": Row(
-        "Flux.2",
-        "Flux2",
+    "flux2": Row("Flux.2", "Flux2", _FLUX2, 64, (128, 5, 7), values={"guidance": 4.0}),
+    "flux2_klein": Row("Flux.2", "Flux2", {**_FLUX2, "guidance_embed": False}, 64, (128, 5, 7)),
+    "chroma": Row("Chroma", "Chroma", _CHROMA, 64, (16, 7, 10)),
+    "chroma_radiance": Row(
+        "Chroma",
+        "ChromaRadiance",
         {
-            "image_model": "flux2",
-            "in_channels": 16,
-            "out_channels": 16,
-            "vec_in_dim": None,
-            "context_in_dim": 64,
-            "hidden_size": 256,
-            "mlp_ratio": 3.0,
-            "num_heads": 2,
-            "depth": 3,
-            "depth_single_blocks": 2,
-            "axes_dim": [32, 32, 32, 32],
-            "theta": 2000,
-            "patch_size": 1,
-            "qkv_bias": False,
-            "guidance_embed": True,
-            "txt_ids_dims": [3],
-            "global_modulation": True,
-            "mlp_silu_act": True,
-            "ops_bias": False,
+            **_CHROMA,
+            "image_model": "chroma_radiance",
+            "in_channels": 3,
+            "out_channels": 3,
+            "patch_size": 16,
+            "nerf_hidden_size": 8,
+            "nerf_mlp_ratio": 2,
+            "nerf_depth": 1,
+            "nerf_max_freqs": 4,
+            "nerf_tile_size": 512,
+            "nerf_final_head_type": "conv",
+            "nerf_embedder_dtype": torch.float32,
+            "use_x0": False,
+            "use_sequential_txt_ids": True,
         },
         64,
-        (16, 5, 7),
-        values={"guidance": 4.0},
+        (3, 56, 80),
     ),
-    "chroma": Row(
-        "Chroma",
-        "Chroma",
-        {
-            "image_model": "chroma",
-            "in_channels": 64,
-            "out_channels": 64,
-            "context_in_dim": 64,
-            "hidden_size": 256,
-            "mlp_ratio": 4.0,
-            "num_heads": 2,
-            "depth": 3,
-            "depth_single_blocks": 2,
-            "axes_dim": [16, 56, 56],
-            "theta": 10000,
-            "patch_size": 2,
-            "qkv_bias": True,
-            "in_dim": 64,
-            "out_dim": 256,
-            "hidden_dim": 64,
-            "n_layers": 2,
-            "txt_ids_dims": [],
-            "vec_in_dim": None,
-        },
-        64,
-        (16, 7, 10),
-    ),
-    "qwen_image": Row(
+    "qwen_image": Row("Qwen-Image", "QwenImage", _QWEN, 64, (16, 1, 7, 10)),
+    "qwen_image_layered": Row(
         "Qwen-Image",
         "QwenImage",
-        {
-            "image_model": "qwen_image",
-            "patch_size": 2,
-            "in_channels": 64,
-            "out_channels": 16,
-            "num_layers": 3,
-            "attention_head_dim": 128,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 64,
-        },
+        {**_QWEN, "use_additional_t_cond": True, "default_ref_method": "negative_index"},
         64,
-        (16, 1, 7, 10),
+        (16, 3, 7, 10),
     ),
-    "z_image": Row(
+    "z_image": Row("Z-Image", "ZImage", _Z_IMAGE, 64, (16, 7, 10)),
+    "z_image_omni": Row(
         "Z-Image",
         "ZImage",
-        {
-            "image_model": "lumina2",
-            "patch_size": 2,
-            "in_channels": 16,
-            "dim": 256,
-            "n_layers": 3,
-            "n_refiner_layers": 1,
-            "n_heads": 2,
-            "qk_norm": True,
-            "cap_feat_dim": 64,
-            "axes_dims": [32, 48, 48],
-            "axes_lens": [1536, 512, 512],
-            "z_image_modulation": True,
-            "time_scale": 1000.0,
-            "pad_tokens_multiple": 32,
-        },
+        # Refiners would have the prompt read the text of the other picture.
+        {**_Z_IMAGE, "siglip_feat_dim": 48, "n_refiner_layers": 0},
         64,
         (16, 7, 10),
+        text_start=32,
+        values={
+            "reference_latents": _tensors((1, 16, 6, 8)),
+            "reference_latents_text_embeds": _tensors((1, 5, 64)),
+            "clip_vision_outputs": lambda g: [
+                SimpleNamespace(
+                    last_hidden_state=torch.randn(1, 6, 48, generator=g), image_sizes=[(3, 32, 48)]
+                )
+            ],
+        },
+    ),
+    "z_image_pixels": Row(
+        "Z-Image",
+        "ZImagePixelSpace",
+        {
+            **_Z_IMAGE,
+            "image_model": "zimage_pixel",
+            "patch_size": 16,
+            "in_channels": 3,
+            "decoder_in_channels": 768,
+            "decoder_hidden_size": 32,
+            "decoder_num_res_blocks": 1,
+            "decoder_max_freqs": 2,
+        },
+        64,
+        (3, 56, 80),
     ),
     "lumina2": Row(
         "Lumina 2",
@@ -282,29 +356,9 @@ ROWS = {
         64,
         (16, 1, 7, 10),
     ),
-    "sd3": Row(
-        "Stable Diffusion 3",
-        "SD3",
-        {
-            "input_size": None,
-            "patch_size": 2,
-            "in_channels": 16,
-            "depth": 3,
-            "adm_in_channels": 32,
-            "context_embedder_config": {
-                "target": "torch.nn.Linear",
-                "params": {"in_features": 64, "out_features": 192},
-            },
-            "num_patches": 64,
-            "pos_embed_max_size": 8,
-            "qk_norm": "rms",
-            "x_block_self_attn_layers": [0, 1],
-        },
-        64,
-        (16, 7, 10),
-        values={"pooled_output": _random(32)},
-        prepare=lambda model: model.pos_embed.normal_(generator=torch.Generator().manual_seed(3)),
-    ),
+    "sd35_medium": _sd3({**_SD3, "qk_norm": "rms", "x_block_self_attn_layers": [0, 1]}),
+    "sd35_large": _sd3({**_SD3, "qk_norm": "rms"}),
+    "sd3": _sd3(_SD3),
     "cogvideox": Row(
         "CogVideoX",
         "CogVideoX_T2V",
@@ -609,6 +663,23 @@ ROWS = {
         values={"attention_mask": torch.ones(1, 7, dtype=torch.bool)},
     ),
 }
+
+# With references, by the ways in which models take them.
+for _name, _method in {
+    "flux2_klein": "index_timestep_zero",
+    "qwen_image": "index_timestep_zero",
+    "krea2": "index_timestep_zero",
+    "omnigen2": None,
+}.items():
+    _row = ROWS[_name]
+    ROWS[f"{_name}_edit"] = replace(
+        _row,
+        values={
+            **_row.values,
+            "reference_latents": _tensors((1, *_row.latent[:-2], 6, 4), (1, *_row.latent[:-2], 4, 4)),
+            "reference_latents_method": _method,
+        },
+    )
 
 
 @cache

@@ -17,7 +17,8 @@ class NextDiT(JointFamily):
         return model.cap_embedder[1].in_features
 
     def text(self, call: BlockCall) -> Tensor:
-        return call["x"][:, : _filled(call.model, call.text)]
+        start = _start(call)
+        return call["x"][:, start : start + _filled(call.model, call.text)]
 
     def picture(self, call: BlockCall, length: int) -> slice:
         """The last, after those that are only to be referred to."""
@@ -34,13 +35,19 @@ class NextDiT(JointFamily):
         changed = call.but(
             x=hidden,
             x_mask=None,
-            freqs_cis=picked(call["freqs_cis"], 1, positions),
+            freqs_cis=picked(call["freqs_cis"], 1, [_start(call) + position for position in positions]),
             # The second half, where reference images are modulated at time 0.
             adaln_input=call["adaln_input"][-len(hidden) :],
             timestep_zero_index=None,
             transformer_options=options,
         )
         return block.forward(**changed)
+
+
+def _start(call: BlockCall) -> int:
+    """Where the prompt begins: after the text of reference images."""
+    current = call.arguments.get("timestep_zero_index")  # the parts that are not at time 0: picture, prompt
+    return current[1][0] if current else 0
 
 
 def _filled(model: nn.Module, tokens: int) -> int:

@@ -30,11 +30,9 @@ class OmniGen2(JointFamily):
     def step(
         self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
     ) -> Tensor:
-        positional = call["image_rotary_emb"]
-        axis = next(i for i, size in enumerate(positional.shape) if size == call["hidden_states"].shape[1])
         changed = call.but(
             hidden_states=hidden,
-            image_rotary_emb=picked(positional, axis, positions),
+            image_rotary_emb=picked(call["image_rotary_emb"], 1, positions),
             attention_mask=None,
             transformer_options=options,
         )

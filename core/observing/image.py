@@ -18,8 +18,9 @@ import comfy.sample
 import comfy.utils
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
+from comfy.model_sampling import CONST
 from comfy.samplers import CFGGuider, Sampler
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..architectures import family_of
 from ..concepts import Concepts, ConceptTokens
@@ -65,16 +66,17 @@ def observe_image(
 
     Args:
         tokens: of each of ``concepts.all``.
-        latent: the images as ``VAE.encode`` gives them, (B, C, H, W).
+        latent: the images as ``encode_images`` gives them, (B, C, H, W) or (B, C, F, H, W).
         conditioning: the prompt, as CLIPTextEncode gives it. Tensors in it with more than one row have one
             for each image.
         image_size: height and width of the images in pixels, which may be less than the latent's: what
             ``encode_images`` padded.
-        levels: noise levels (sigma, the t of flow matching) from 0, the image as it is, to 1, noise only. The
-            model's ``noise_scaling`` adds the noise: (1 - t) * latent + t * noise.
+        levels: noise levels (the t of flow matching) from 0, the image as it is, to 1, noise only:
+            (1 - t) * latent + t * noise. Models of another schedule are given as much noise for each part of
+            the image, but no more than they know.
         samples: noise samples per level, S. All levels share them.
         seed: sample i is the noise that ComfyUI draws for seed + i, as in the reference.
-        noise: the noise itself, (S, B, C, H, W), in place of that of ``samples`` and ``seed``.
+        noise: the noise itself, (S, *latent.shape), in place of that of ``samples`` and ``seed``.
         layers: the layers to record; the family's default ones if None.
         spaces, attend_image, attend_concepts: as in ``observe``.
         pooled_prompt: whether the image's own stream is given the prompt's pooled vector. The reference gives
@@ -103,6 +105,8 @@ def observe_image(
             "what it samples, with Concept Attention."
         )
     coverage = _coverage(model, latent, image_size)
+    if latent.ndim == 4 and model.get_model_object("latent_format").latent_dimensions == 3:
+        latent, noise = latent.unsqueeze(2), None if noise is None else noise.unsqueeze(3)
     if noise is None:
         if samples < 1:
             raise ValueError(f"Concept Attention needs at least one noise sample, not {samples}.")
@@ -129,7 +133,8 @@ def observe_image(
 
 
 def encode_images(vae: VAE, images: Tensor, unit: int) -> Tensor:
-    """The latent of images (B, H, W, 3 or more), of which the first three channels count.
+    """The latent of images (B, H, W, 3 or more), of which the first three channels count: (B, C, H, W), or
+    (B, C, 1, H, W) by the VAE of a video model.
 
     ``VAE.encode`` would cut off what is no multiple of its patch, on all sides. Here the images are padded to
     a multiple of ``unit`` pixels first, at the bottom and on the right as ComfyUI's models pad latents, so
@@ -143,8 +148,12 @@ def encode_images(vae: VAE, images: Tensor, unit: int) -> Tensor:
         ValueError: they are no images, see ``rgb_images``.
     """
     pixels = rgb_images(images).movedim(-1, 1)
-    padded = pad_to_patch_size(pixels, (unit, unit), padding_mode="replicate")
-    return vae.encode(padded.movedim(1, -1))
+    padded = pad_to_patch_size(pixels, (unit, unit), padding_mode="replicate").movedim(1, -1)
+    if getattr(vae, "latent_dim", 2) == 3 and len(
+        padded
+    ):  # which would take the images for frames of one video
+        return torch.cat([vae.encode(image[None]) for image in padded])
+    return vae.encode(padded)
 
 
 def patch_pixels(model: ModelPatcher) -> int:
@@ -192,7 +201,20 @@ def step_levels(model: ModelPatcher, text: str, of: int) -> tuple[float, ...]:
                 f"There is no noise step {step} of {of}: steps go from 0 (noise only) to {of - 1}."
             )
     sampling = model.get_model_object("model_sampling")
-    return _checked([float(sampling.percent_to_sigma(step / of)) for step in steps])
+    return _checked([_level(sampling, float(sampling.percent_to_sigma(step / of))) for step in steps])
+
+
+def _sigma(sampling: nn.Module, level: float) -> float:
+    """By the model's schedule. Where that is not of flow matching, noise is added to an image that keeps its
+    size: t / (1 - t) of it is as much for each part of the image."""
+    if isinstance(sampling, CONST):
+        return level
+    most = float(sampling.sigma_max)
+    return min(level / (1 - level), most) if level < 1 else most
+
+
+def _level(sampling: nn.Module, sigma: float) -> float:
+    return sigma if isinstance(sampling, CONST) else sigma / (1 + sigma)
 
 
 def _checked(levels: Sequence[float]) -> tuple[float, ...]:
@@ -294,7 +316,7 @@ def _one_evaluation(
     comfy.model_management.throw_exception_if_processing_interrupted()
     guider = CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
-    sigmas = torch.tensor([level, 0.0])
+    sigmas = torch.tensor([_sigma(model.get_model_object("model_sampling"), level), 0.0])
     sampled = guider.sample(noise, latent, _Once(), sigmas, disable_pbar=True, seed=seed)
     return recorded(sampled)
 
@@ -362,14 +384,14 @@ def _folded(
     image_size: tuple[int, int],
     coverage: tuple[float, float],
 ) -> Recording:
-    """One recording of (S, B) images out of those of parts of the rows."""
+    """One recording of (S, B) images, or videos, out of those of parts of the rows."""
     first = parts[0][0]
     scores: dict[str, tuple[Tensor, ...]] = {}
     for space in first.scores:
         evaluations: list[Tensor] = []
         for at_level in zip(*parts, strict=True):
             rows = torch.cat([recording.scores[space][0] for recording in at_level], 1)
-            evaluations.extend(rows.unflatten(1, shape).unbind(1))
+            evaluations.extend(rows.unflatten(1, (shape[0], -1)).unbind(1))
         if average == "before softmax":
             evaluations = [torch.stack(evaluations).nanmean(0)]
         scores[space] = tuple(evaluations)
@@ -386,6 +408,7 @@ def _folded(
         scores=scores,
         image_size=image_size,
         coverage=coverage,
+        frames=first.frames,
         broken=_broken(parts, shape),
     )
 

@@ -25,7 +25,7 @@ from ..geometry import Grid
 from .conditioning import Chunk, Conditionings
 from .latents import History, remember, video_of
 from .readers import reading_of
-from .readers.reading import Complete, Guard, Look, ModelCall, Reading
+from .readers.reading import Complete, Guard, Look, ModelCall, Reading, uncompiled
 from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, unrecorded
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class _Observer:
 
     def model(self, executor, *args, **kwargs):
         """Around one call of the model, further out or in, as its family says."""
-        model = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
+        model = uncompiled(getattr(executor.class_obj, "diffusion_model", executor.class_obj))
         # DualModelGuider calls the negative's model with the positive's wrappers.
         if not self.family.matches(model):
             return executor(*args, **kwargs)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...architectures.family import BlockCall, JointFamily
-from .reading import Complete, Guard, Look, ModelCall, named
+from .reading import Complete, Guard, Look, ModelCall, named, uncompiled
 from .stream import dot_products, normalized_over_concepts
 
 try:
@@ -123,8 +123,9 @@ class BlockReading:
         @torch.compiler.disable
         def entering(module: nn.Module, args: tuple, kwargs: dict) -> None:
             with self._guard:
-                call = BlockCall(named(module.forward, args, kwargs), self._model, self._text, self._picture)
-                self._block = _Block(layer, module, call)
+                block = uncompiled(module)
+                call = BlockCall(named(block.forward, args, kwargs), self._model, self._text, self._picture)
+                self._block = _Block(layer, block, call)
 
         return entering
 
@@ -197,7 +198,8 @@ class BlockReading:
         found: list[Tensor] = []
 
         def leave(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            block = BlockCall(named(module.forward, args, kwargs), model, context.shape[1], 1)
+            arguments = named(uncompiled(module).forward, args, kwargs)
+            block = BlockCall(arguments, model, context.shape[1], 1)
             found.append(self._family.embedded(block, context.shape[1]).clone())
             raise _Embedded
 

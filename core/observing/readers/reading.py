@@ -81,6 +81,11 @@ def named(function: Callable, args: Sequence, kwargs: dict) -> dict[str, Any]:
     return found
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """What torch.compile made ``module`` of, which knows the names of its arguments; or ``module`` itself."""
+    return getattr(module, "_orig_mod", module)
+
+
 class Guard:
     """Keeps a call of the model from what fails while it is watched. What ``failed`` does not take is raised;
     so is all that is no ``Exception``, as what ComfyUI raises when the user cancels."""

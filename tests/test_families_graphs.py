@@ -1,0 +1,580 @@
+"""Families among other nodes: conditionings of all kinds, context windows, patches, caches, compilation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import comfy.controlnet
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy_extras.nodes_context_windows as context_windows
+import comfy_extras.nodes_easycache as easycache
+import comfy_extras.nodes_flux as flux_nodes
+import comfy_extras.nodes_nag as nag
+import comfy_extras.nodes_slg as slg
+import comfy_extras.nodes_torch_compile as torch_compile
+import node_helpers
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from tiny_models import ROWS, Row, concepts_of, sample, tiny
+from torch import Tensor, nn
+
+import nodes
+from concept_attention.core.architectures import family_of
+from concept_attention.core.observing.image import encode_images, observe_image, patch_pixels, step_levels
+from concept_attention.core.observing.latents import recording_of
+from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.recording import Recording
+from concept_attention.nodes.concept_attention_image import ConceptAttentionImage
+from tiny_flux import random_clip
+
+TOLERANCE = 1e-5
+# Flux.2's texts, which ComfyUI fills up to 512 tokens, would take most of the time.
+NAMES = ("chroma_radiance", "qwen_image", "z_image", "krea2", "sd35_medium")
+VIDEOS = ("qwen_image_layered", "cogvideox", "hunyuan_video", "mochi")
+
+
+@pytest.fixture(params=NAMES)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def row(name) -> Row:
+    return ROWS[name]
+
+
+@pytest.fixture
+def model(name) -> ModelPatcher:
+    return tiny(name)
+
+
+def observed(model: ModelPatcher, row: Row, **options) -> ModelPatcher:
+    return observe(model, concepts_of(), row.concept_tokens(), **options)
+
+
+def recording(samples: Tensor) -> Recording:
+    return recording_of({"samples": samples})
+
+
+def first_scores(samples: Tensor) -> Tensor:
+    """(L, B * F, K, h, w) of the first evaluation, where runs of one seed still share x."""
+    return recording(samples).scores["output"][0]
+
+
+def relative(ours: Tensor, expected: Tensor) -> float:
+    assert ours.shape == expected.shape
+    return float((ours.double() - expected.double()).norm() / expected.double().norm())
+
+
+def both(model: ModelPatcher, row: Row, **run) -> Tensor:
+    """The samples of an observed run, which are those of an unobserved one."""
+    samples = sample(observed(model, row), row, **run)
+    assert torch.equal(samples, sample(model, row, **run))
+    found = recording(samples)
+    assert all(scores.isfinite().all() for scores in found.scores["output"])
+    return samples
+
+
+def blocks_of(model: ModelPatcher) -> list[nn.Module]:
+    diffusion_model = model.model.diffusion_model
+    return family_of(diffusion_model).layers(diffusion_model)
+
+
+REFERENCES = [
+    ("flux2_klein", "offset"),
+    ("flux2_klein", "index"),
+    ("flux2_klein", "uxo"),
+    ("flux2_klein", "index_timestep_zero"),
+    ("qwen_image", "index"),
+    ("qwen_image", "index_timestep_zero"),
+    ("qwen_image", "negative_index"),
+    ("qwen_image_layered", "negative_index"),
+    ("krea2", "index"),
+    ("krea2", "index_timestep_zero"),
+    ("omnigen2", None),
+    ("z_image_omni", None),
+]
+
+
+@pytest.mark.parametrize("name,method", REFERENCES)
+def test_reference_images_are_not_part_of_the_maps(model, row, method):
+    """A token's value in the first block is of itself alone, whatever stands beside it."""
+    alone = replace(row, values={n: row.values[n] for n in row.values if n in ("guidance", "attention_mask")})
+    g = torch.Generator().manual_seed(8)
+    frames = (1,) * (len(row.latent) - 3)
+    values = {
+        "reference_latents": [torch.randn(1, row.latent[0], *frames, 6, 4, generator=g) for _ in range(2)],
+        "reference_latents_text_embeds": [torch.randn(1, 3 + i, row.width, generator=g) for i in range(3)],
+        "reference_latents_method": method,
+    }
+    positive = node_helpers.conditioning_set_values(alone.conditioning(2), values)
+    watched = observed(model, row, spaces=("output", "value"))
+    samples = sample(watched, row, positive=positive)
+    assert torch.equal(samples, sample(model, row, positive=positive))
+    assert not torch.equal(samples, sample(model, alone))
+    found = recording(samples).scores
+    expected = recording(sample(watched, alone)).scores
+    assert relative(found["value"][0][0], expected["value"][0][0]) <= TOLERANCE
+    assert relative(found["output"][0], expected["output"][0]) > 1e-3
+
+
+@pytest.mark.parametrize("observed_first", [True, False])
+def test_reference_images_may_be_cached_after_the_first_step(observed_first):
+    model, row = tiny("flux2_klein"), ROWS["flux2_klein"]
+
+    def cached(model: ModelPatcher) -> ModelPatcher:
+        return flux_nodes.FluxKVCache.execute(model).result[0]
+
+    g = torch.Generator().manual_seed(8)
+    references = {"reference_latents": [torch.randn(1, 128, 6, 4, generator=g)]}
+    run = {"positive": node_helpers.conditioning_set_values(row.conditioning(2), references), "steps": 3}
+    watched = cached(observed(model, row)) if observed_first else observed(cached(model), row)
+    samples = sample(watched, row, **run)
+    assert torch.equal(samples, sample(cached(model), row, **run))
+    assert recording(samples).steps == (0, 1, 2)
+    at_time_0 = {**references, "reference_latents_method": "index_timestep_zero"}
+    run["positive"] = node_helpers.conditioning_set_values(row.conditioning(2), at_time_0)
+    assert relative(first_scores(samples), first_scores(both(model, row, **run))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [7, 9])
+def test_only_the_positive_is_recorded(model, row, tokens):
+    alone = first_scores(sample(observed(model, row), row, batch=2))
+    samples = both(model, row, batch=2, cfg=3.0, negative=row.conditioning(3, tokens))
+    assert relative(first_scores(samples), alone) <= TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_prompts_may_be_shorter_than_a_concept_or_much_longer(model, row, tokens):
+    both(model, row, positive=row.conditioning(2, tokens))
+
+
+def test_a_prompt_may_be_all_zeros(model, row):
+    (zeros,) = nodes.ConditioningZeroOut().zero_out(row.conditioning(2))
+    both(model, row, positive=zeros)
+    both(model, row, negative=zeros, cfg=3.0)
+
+
+def test_a_combined_conditioning_is_recorded_as_the_mean(model, row):
+    samples = both(model, row, positive=row.conditioning(2) + row.conditioning(4), cfg=3.0, batch=2)
+    alone = [
+        first_scores(sample(observed(model, row), row, positive=row.conditioning(seed), batch=2))
+        for seed in (2, 4)
+    ]
+    assert relative(first_scores(samples), (alone[0] + alone[1]) / 2) <= TOLERANCE
+
+
+def test_an_area_counts_where_it_lies(model, row):
+    height, width = row.latent[-2:]
+    patch = family_of(model.model.diffusion_model).patch(model.model.diffusion_model)
+
+    def area(*area: int) -> list:
+        return node_helpers.conditioning_set_values(row.conditioning(4), {"area": area, "strength": 1.0})
+
+    whole = both(model, row, positive=area(height, width, 0, 0), cfg=3.0)
+    alone = first_scores(sample(observed(model, row), row, positive=row.conditioning(4)))
+    assert relative(first_scores(whole), alone) <= TOLERANCE
+
+    top, left = patch.rows, 2 * patch.columns
+    positive = row.conditioning(2) + area(2 * patch.rows, 2 * patch.columns, top, left)
+    scores = first_scores(both(model, row, positive=positive, cfg=3.0))
+    alone = first_scores(sample(observed(model, row), row))
+    inside = torch.zeros_like(scores, dtype=torch.bool)
+    inside[..., 1:3, 2:4] = True
+    assert relative(scores[~inside], alone[~inside]) <= TOLERANCE
+    assert relative(scores[inside], alone[inside]) > 1e-3
+
+
+def masked(row: Row, seed: int, mask: Tensor) -> list:
+    """What ConditioningSetMask makes of a prompt."""
+    return nodes.ConditioningSetMask().append(row.conditioning(seed), mask, "default", 1.0)[0]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *VIDEOS])
+def test_masked_conditionings_count_where_their_masks_are(model, row):
+    diffusion_model = model.model.diffusion_model
+    left = torch.zeros(1, *row.latent[-2:])
+    left[..., : 2 * family_of(diffusion_model).patch(diffusion_model).columns] = 1
+    samples = both(model, row, positive=masked(row, 2, left) + masked(row, 4, 1 - left), cfg=3.0)
+    alone = [
+        first_scores(sample(observed(model, row), row, positive=row.conditioning(seed))) for seed in (2, 4)
+    ]
+    expected = torch.cat([alone[0][..., :2], alone[1][..., 2:]], -1)
+    assert relative(first_scores(samples), expected) <= TOLERANCE
+
+
+def test_a_schedule_of_prompts_is_recorded_throughout(model, row):
+    early, late = row.conditioning(2), row.conditioning(4)
+    early[0][1].update(start_percent=0.0, end_percent=0.5)
+    late[0][1].update(start_percent=0.5, end_percent=1.0)
+    samples = both(model, row, positive=early + late, steps=4)
+    assert recording(samples).steps == (0, 1, 2, 3)
+    assert relative(first_scores(samples), first_scores(sample(observed(model, row), row))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [*NAMES, *VIDEOS])
+def test_inpainting_is_recorded_from_the_step_that_it_starts_at(model, row):
+    mask = torch.zeros(1, *row.latent[-2:])
+    mask[:, 2:] = 1
+    samples = both(model, row, noise_mask=mask, denoise=0.5)
+    assert len(recording(samples).sigmas) == 2
+    whole = recording(sample(observed(model, row), row, steps=4)).sigmas
+    assert recording(samples).sigmas == pytest.approx(whole[-2:])
+
+
+def windows(
+    model: ModelPatcher, length: int, dim: int, schedule: str = "standard_static", loop: bool = False
+):
+    return context_windows.ContextWindowsManualNode.execute(
+        model, length, 1, schedule, 1, loop, "pyramid", dim, False
+    ).result[0]
+
+
+@pytest.mark.parametrize("length", [2, 5])
+def test_context_windows_over_a_batch_record_every_image(model, row, length):
+    samples = sample(windows(observed(model, row), length, 0), row, batch=3, cfg=3.0)
+    assert torch.equal(samples, sample(windows(model, length, 0), row, batch=3, cfg=3.0))
+    assert (
+        relative(first_scores(samples), first_scores(sample(observed(model, row), row, batch=3))) <= TOLERANCE
+    )
+
+
+@pytest.mark.parametrize(
+    "length,schedule,loop",
+    [(5, "standard_static", False), (3, "standard_static", False), (3, "looped_uniform", True)],
+)
+@pytest.mark.parametrize("name", VIDEOS)
+def test_context_windows_over_frames_record_every_frame(model, row, name, length, schedule, loop):
+    row = replace(row, latent=(row.latent[0], 5, *row.latent[2:]))
+    samples = sample(windows(observed(model, row), length, 2, schedule, loop), row)
+    assert torch.equal(samples, sample(windows(model, length, 2, schedule, loop), row))
+    found = recording(samples)
+    assert found.frames == 5
+    assert all(scores.shape[1] == 5 and scores.isfinite().all() for scores in found.scores["output"])
+    if length == 5:
+        assert relative(first_scores(samples), first_scores(sample(observed(model, row), row))) == 0
+
+
+def with_lora(model: ModelPatcher) -> ModelPatcher:
+    """Changes what the first block makes of text and picture."""
+    g = torch.Generator().manual_seed(11)
+    prefix = next(n for n, m in model.model.named_modules() if m is blocks_of(model)[0])
+    weights = {n: w for n, w in blocks_of(model)[0].named_parameters() if w.ndim == 2}
+    patched = model.clone()
+    patched.add_patches(
+        {f"{prefix}.{n}": (0.02 * torch.randn(w.shape, generator=g),) for n, w in weights.items()}, 1.0
+    )
+    return patched
+
+
+def test_a_lora_counts_before_and_after_observing(model, row):
+    plain = sample(with_lora(model), row)
+    before, after = sample(observed(with_lora(model), row), row), sample(with_lora(observed(model, row)), row)
+    assert torch.equal(before, plain)
+    assert torch.equal(after, plain)
+    assert torch.equal(first_scores(before), first_scores(after))
+    assert relative(first_scores(before), first_scores(both(model, row))) > 0.01
+
+
+def test_a_model_that_does_not_fit_is_recorded_the_same(model, row, monkeypatch):
+    """Weights stay where they are, and a LoRA is added each time that one is used."""
+    expected = first_scores(sample(observed(with_lora(model), row), row))
+    load = ModelPatcher.load
+    monkeypatch.setattr(
+        ModelPatcher,
+        "load",
+        lambda self, device, **options: load(
+            self, device, **{**options, "lowvram_model_memory": 1, "full_load": False}
+        ),
+    )
+    patched = with_lora(model)
+    samples = sample(observed(patched, row), row)
+    assert any(getattr(m, "weight_function", None) for m in blocks_of(model)[0].modules())
+    assert torch.equal(samples, sample(patched, row))
+    assert relative(first_scores(samples), expected) <= TOLERANCE
+    monkeypatch.undo()
+    patched.detach()
+
+
+class Residuals(comfy.controlnet.ControlBase):
+    """A ControlNet reduced to what it adds to the picture after the first block."""
+
+    def __init__(self, place: str, tokens: int, width: int) -> None:
+        super().__init__()
+        self._place = place
+        self._added = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(12))
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        return {"input": [], "output": [], self._place: [self._added]}
+
+    def copy(self):
+        return self
+
+
+@pytest.mark.parametrize(
+    "name,place,width",
+    [
+        ("flux2", "input", 256),
+        ("chroma", "input", 256),
+        ("qwen_image", "input", 256),
+        ("sd35_medium", "output", 192),
+    ],
+)
+def test_a_controlnet_counts_from_the_block_after_its_residual(model, row, place, width):
+    tokens = family_of(model.model.diffusion_model).grid(model.model.diffusion_model, row.noise()).size
+    control = {"control": Residuals(place, tokens, width), "control_apply_to_uncond": True}
+    positive = node_helpers.conditioning_set_values(row.conditioning(2), control)
+    ours = first_scores(both(model, row, positive=positive, cfg=3.0))
+    without = first_scores(sample(observed(model, row), row, cfg=3.0))
+    assert relative(ours[0], without[0]) <= TOLERANCE
+    assert relative(ours[1], without[1]) > 1e-3
+
+
+def test_guidance_by_a_pass_with_a_layer_left_out_adds_no_entries(model, row):
+    def guided(model: ModelPatcher) -> ModelPatcher:
+        return slg.SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "1", "").result[0]
+
+    plain = sample(guided(model), row, cfg=3.0)
+    for patched in (observed(guided(model), row), guided(observed(model, row))):
+        samples = sample(patched, row, cfg=3.0)
+        assert torch.equal(samples, plain)
+        assert recording(samples).steps == (0, 1)
+        alone = first_scores(sample(observed(model, row), row))
+        assert relative(first_scores(samples), alone) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["flux2", "chroma"])
+def test_scores_come_from_the_attention_before_guidance_nodes_edit_it(model, row):
+    def guided(model: ModelPatcher) -> ModelPatcher:
+        return nag.NAGuidance.execute(model, 5.0, 0.5, 1.5).result[0]
+
+    plain = sample(guided(model), row, cfg=3.0)
+    assert not torch.equal(plain, sample(model, row, cfg=3.0))
+    for patched in (observed(guided(model), row), guided(observed(model, row))):
+        samples = sample(patched, row, cfg=3.0)
+        assert torch.equal(samples, plain)
+        assert (
+            relative(first_scores(samples)[0], first_scores(sample(observed(model, row), row))[0])
+            <= TOLERANCE
+        )
+
+
+@pytest.mark.parametrize("name", ["flux2", "chroma", "qwen_image", "sd35_medium"])
+def test_blocks_that_another_node_wraps_are_recorded(model, row):
+    """By ``patches_replace``, as nodes do that cache or weaken blocks."""
+
+    def wrapped(model: ModelPatcher) -> ModelPatcher:
+        def replaced(args, extra):
+            out = extra["original_block"](args)
+            return {**out, "img": out["img"] * 1.1}
+
+        patched = model.clone()
+        for layer in range(3):
+            patched.set_model_patch_replace(replaced, "dit", "double_block", layer)
+        return patched
+
+    plain = sample(wrapped(model), row, cfg=3.0)
+    assert not torch.equal(plain, sample(model, row, cfg=3.0))
+    for patched in (observed(wrapped(model), row), wrapped(observed(model, row))):
+        samples = sample(patched, row, cfg=3.0)
+        assert torch.equal(samples, plain)
+        assert recording(samples).layers == (0, 1, 2)
+
+
+@pytest.mark.parametrize("node", [easycache.EasyCacheNode, easycache.LazyCacheNode])
+def test_evaluations_that_a_cache_skips_are_absent(model, row, node):
+    def cached(model: ModelPatcher) -> ModelPatcher:
+        return node.execute(model, 0.9, 0.0, 1.0, False).result[0]
+
+    calls = []
+    hook = blocks_of(model)[0].register_forward_hook(lambda *_: calls.append(None))
+    plain = sample(cached(model), row, steps=8)
+    hook.remove()
+    for patched in (observed(cached(model), row), cached(observed(model, row))):
+        samples = sample(patched, row, steps=8)
+        assert torch.equal(samples, plain)
+        assert len(recording(samples).sigmas) == len(calls)
+
+
+def by_the_stock_node(model: ModelPatcher) -> ModelPatcher:
+    return torch_compile.TorchCompileModel.execute(model, "eager").result[0]
+
+
+def block_by_block(model: ModelPatcher) -> ModelPatcher:
+    compiled = model.clone()
+    prefix = next(n for n, m in model.model.named_modules() if m is blocks_of(model)[0])
+    set_torch_compile_wrapper(compiled, "eager", keys=[prefix])
+    return compiled
+
+
+def by_object_patches(model: ModelPatcher) -> ModelPatcher:
+    compiled = model.clone()
+    prefix = next(n for n, m in model.model.named_modules() if m is blocks_of(model)[0])
+    compiled.add_object_patch(prefix, torch.compile(model.get_model_object(prefix), backend="eager"))
+    return compiled
+
+
+@pytest.mark.parametrize(
+    "name,compile_model",
+    [
+        ("qwen_image", by_the_stock_node),
+        ("sd35_medium", by_the_stock_node),
+        ("z_image", block_by_block),
+        ("krea2", by_object_patches),
+    ],
+)
+def test_a_compiled_model_is_recorded_and_stays_usable(model, row, compile_model):
+    torch._dynamo.reset()
+    expected = first_scores(sample(observed(model, row), row))
+    compiled = compile_model(model)
+    runs = [
+        sample(compiled, row),
+        sample(observed(compiled, row), row),
+        sample(compile_model(observed(model, row)), row),
+        sample(compiled, row),
+    ]
+    assert all(torch.equal(run, runs[0]) for run in runs)
+    for run in runs[1:3]:
+        assert relative(first_scores(run), expected) <= TOLERANCE
+    torch._dynamo.reset()
+
+
+IMAGES = (*NAMES, "flux2_klein", "cogvideox", "hunyuan_video", "omnigen2")
+
+
+def look(model: ModelPatcher, row: Row, latent: Tensor, **options) -> Recording:
+    size = model.get_model_object("latent_format").spacial_downscale_ratio
+    image_size = (latent.shape[-2] * size, latent.shape[-1] * size)
+    return observe_image(
+        model,
+        concepts_of(),
+        row.concept_tokens(),
+        latent,
+        row.conditioning(2),
+        image_size=image_size,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_look_at_a_picture_is_the_first_evaluation_of_sampling_and_leaves_nothing_behind(model, row):
+    row = replace(row, latent=(row.latent[0], *(1 for _ in row.latent[3:]), *row.latent[-2:]))
+    plain = sample(model, row)
+    latent = row.noise(2, seed=9)
+    found = look(model, row, latent, levels=(1.0, 0.3), layers=[1])
+    assert found.sigmas == (1.0, 0.3)
+    assert torch.equal(sample(model, row), plain)
+    assert not any(m._forward_pre_hooks for m in model.model.diffusion_model.modules())
+
+    sampling = model.get_model_object("model_sampling")
+    guider = comfy.samplers.CFGGuider(observed(model, row, layers=[1]))
+    guider.inner_set_conds({"positive": row.conditioning(2)})
+    for level, scores in zip(found.sigmas, found.scores["output"], strict=True):
+        flow = isinstance(sampling, comfy.model_sampling.CONST)
+        sigma = level if flow else 0.3 / 0.7 if level == 0.3 else float(sampling.sigma_max)
+        noise = comfy.sample.prepare_noise(latent, 0)
+        x = sampling.noise_scaling(
+            torch.tensor(sigma), noise.clone(), guider.model_patcher.model.process_latent_in(latent)
+        )
+        alone = Once(x)
+        sampled = guider.sample(noise, latent, alone, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=0)
+        assert relative(scores, first_scores(sampled)) <= TOLERANCE
+
+
+class Once(comfy.samplers.Sampler):
+    """Evaluates the model at ``x`` and the first noise level."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args) -> Tensor:
+        model_wrap(self._x, sigmas[:1].expand(len(self._x)), **extra_args)
+        return self._x.clone()
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_noise_levels_by_step_lie_in_the_models_schedule(model):
+    levels = step_levels(model, "0, 1, 3", 4)
+    assert len(levels) == 3
+    assert all(0 <= level <= 1 for level in levels)
+    assert levels[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_look_at_a_video_has_all_its_frames(model, row):
+    found = look(model, row, row.noise(2, seed=9), samples=2)
+    assert found.frames == 3
+    assert [s.shape[1] for s in found.scores["output"]] == [6, 6]
+    assert found.batch == 2
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "krea2"])
+def test_a_picture_without_frames_is_looked_at_as_one_frame(model, row):
+    latent = row.noise(2, seed=9)
+    ours, expected = look(model, row, latent[:, :, 0]), look(model, row, latent)
+    assert torch.equal(ours.scores["output"][0], expected.scores["output"][0])
+
+
+class VideoVAE:
+    """Takes a batch of images for the frames of one video, as ComfyUI's does with a video model's."""
+
+    latent_dim = 3
+
+    def encode(self, images: Tensor) -> Tensor:
+        frames = images.movedim(-1, 0)[None]
+        return torch.nn.functional.avg_pool3d(frames[:, :, ::4], (1, 8, 8))
+
+
+def test_images_are_no_frames_of_one_video():
+    images = torch.rand(5, 24, 40, 3)
+    latent = encode_images(VideoVAE(), images, 16)
+    assert latent.shape == (5, 3, 1, 4, 6)
+    for ours, image in zip(latent, images, strict=True):
+        assert torch.equal(ours, encode_images(VideoVAE(), image[None], 16)[0])
+
+
+PIXELS = {"flux2": 16, "chroma": 16, "chroma_radiance": 16, "qwen_image": 16, "z_image": 16, "krea2": 16}
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_a_patch_has_as_many_pixels_as_the_familys_vae_and_patches_say(model, name):
+    assert patch_pixels(model) == PIXELS[name]
+
+
+class PictureVAE:
+    latent_dim = 2
+
+    def encode(self, images: Tensor) -> Tensor:
+        size = (len(images), 16, images.shape[1] // 8, images.shape[2] // 8)
+        return torch.randn(size, generator=torch.Generator().manual_seed(9))
+
+
+def test_guidance_reaches_only_models_that_are_distilled_for_it():
+    """Chroma takes a guidance value, and was trained on 0."""
+    scores = []
+    for guidance in (0.0, 9.0):
+        (latent,) = ConceptAttentionImage.execute(
+            tiny("chroma"),
+            random_clip(64),
+            PictureVAE(),
+            torch.rand(1, 32, 48, 3, generator=torch.Generator().manual_seed(3)),
+            "cat, ball",
+            "sky",
+            "a cat",
+            {"noise": "level", "levels": "0.5"},
+            samples=1,
+            seed=0,
+            token_pooling="automatic",
+            record_layers="default",
+            record_cross_attention=False,
+            record_value=False,
+            average="after softmax",
+            guidance=guidance,
+            pooled_prompt=True,
+        ).result
+        scores.append(recording_of(latent).scores["output"][0])
+    assert torch.equal(*scores)
