@@ -32,8 +32,12 @@ def encoded(name: str, *concepts: str) -> ConceptTokens:
     return encode_concepts(tiny_clip(name), concepts, "automatic", FAMILIES[row.family], row.width)
 
 
+# Text encoders that were not shrunk yet: docs/models.md does not call them checked.
+UNTRIED = {"Boogu", "HiDream-I1", "Lens", "MiniMax H3"}
+
+
 def test_every_family_has_an_encoder_here():
-    assert {row.family for row in ENCODERS.values()} | {"Lens"} == set(FAMILIES)
+    assert {row.family for row in ENCODERS.values()} | UNTRIED == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)

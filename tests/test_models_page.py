@@ -6,14 +6,13 @@ import ast
 import inspect
 from pathlib import Path
 
-from conftest import ROOT
 from tiny_encoders import ENCODERS
 from tiny_models import ROWS
 
 from concept_attention.core.architectures import Family, families
 from concept_attention.core.architectures.unreadable import UNREADABLE
 
-PAGE = ROOT / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 HEAD = """\
 # Models
 
@@ -31,6 +30,7 @@ CHECKED = {
     "encoder": ("test_encoders", "By ComfyUI's own tokenizer and text encoder, likewise:"),
     "golden data": ("test_golden", "Against numbers that the reference implementation gave:"),
 }
+_GOLDEN = {"CogVideoX", "Flux.1", "Flux.2", "Stable Diffusion 3"}
 _MODELS = {row.family for row in ROWS.values()}
 _ENCODERS = {row.family for row in ENCODERS.values()}
 
@@ -58,7 +58,7 @@ def _layers(family: Family) -> str:
 
 
 def _checked(family: Family) -> str:
-    kinds = {"golden data": {"Flux.1"}, "model": _MODELS, "encoder": _ENCODERS}
+    kinds = {"golden data": _GOLDEN, "model": _MODELS, "encoder": _ENCODERS}
     return ", ".join(kind for kind, names in kinds.items() if family.name in names)
 
 
