@@ -1,5 +1,5 @@
-"""Makes the pictures of the example workflows with the demo model in a real ComfyUI: four outputs each,
-two by two."""
+"""Makes the pictures of the example workflows for Flux.1 with the demo model in a real ComfyUI: four outputs
+each, two by two. Those for other models have a picture of their graph."""
 
 from __future__ import annotations
 

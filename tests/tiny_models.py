@@ -686,7 +686,10 @@ for _name, _method in {
 
 @cache
 def tiny(name: str) -> ModelPatcher:
-    row = ROWS[name]
+    return build(ROWS[name])
+
+
+def build(row: Row) -> ModelPatcher:
     config = getattr(comfy.supported_models, row.config)(row.unet)
     config.unet_config.update(row.unet, dtype=torch.float32)  # some configurations have sizes of their own
     config.custom_operations = comfy.ops.disable_weight_init

@@ -19,6 +19,7 @@ from front_end import READY, RUN
 from scenes import save_example
 
 PATHS = sorted((comfyui_setup.ROOT / "example_workflows").glob("*.json"))
+OTHER_MODELS = [path.stem for path in PATHS if path.stem not in workflow.SCENES]
 SCREENSHOTS = os.environ.get("CONCEPT_ATTENTION_SCREENSHOTS")
 STEPS = 4
 MODES = {False: "classic canvas", True: "Nodes 2.0"}
@@ -26,7 +27,7 @@ MODES = {False: "classic canvas", True: "Nodes 2.0"}
 BOXES = """() => {
     const { scale, offset } = app.canvas.ds;
     const origin = app.canvas.canvas.getBoundingClientRect();
-    return app.graph.nodes.map((node) => {
+    return app.canvas.graph.nodes.map((node) => {
         const element = document.querySelector(`[data-node-id="${node.id}"]`);
         if (!element) return [node.title, ...node.getBounding()];
         const { x, y, width, height } = element.getBoundingClientRect();
@@ -66,6 +67,20 @@ class Page:
 
     def boxes(self) -> list[list]:
         return self.page.evaluate(BOXES)
+
+    def enter_subgraph(self, name: str) -> None:
+        self.page.evaluate(
+            """(name) => {
+                const node = app.rootGraph.nodes.find((node) => node.subgraph?.name === name);
+                app.canvas.openSubgraph(node.subgraph, node);
+            }""",
+            name,
+        )
+        self.page.wait_for_timeout(1000)
+
+    def leave_subgraph(self) -> None:
+        self.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
+        self.page.wait_for_timeout(200)
 
     def show_advanced_inputs(self) -> None:
         """Of every node. The classic canvas always shows them."""
@@ -204,6 +219,50 @@ def test_every_node_is_known_and_has_room(server, page, path):
     assert overlapping(page.boxes()) == []
     assert page.page.get_by_role("dialog").count() == 0
     assert page.complaints == []
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_nodes_in_subgraphs_have_room(server, page, path):
+    content = json.loads(path.read_text("utf-8"))
+    skip_without_its_nodes(server, content)
+    page.load(content)
+    for subgraph in workflow.graphs(content)[1:]:
+        page.enter_subgraph(subgraph["name"])
+        page.screenshot(f"{path.stem}_{subgraph['name']}")
+        boxes = page.boxes()
+        page.leave_subgraph()
+        assert len(boxes) == len(subgraph["nodes"])
+        assert overlapping(boxes) == [], subgraph["name"]
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_what_is_typed_into_paint_reaches_the_nodes_in_it(page, name):
+    path = comfyui_setup.ROOT / "example_workflows" / f"{name}.json"
+    page.load(json.loads(path.read_text("utf-8")))
+    values = {"text": "a red ball", "width": 768, "height": 512, "seed": 7, "noise_seed": 7, "steps": 3}
+    page.page.evaluate(
+        """(values) => {
+            const paint = app.graph.nodes.find((node) => node.subgraph?.name === "Paint");
+            for (const widget of paint.widgets) {
+                if (widget.name in values) widget.value = values[widget.name];
+            }
+        }""",
+        values,
+    )
+    queued = page.queued()
+    kinds = {node["class_type"]: node["inputs"] for node in queued.values()}
+    assert workflow.inputs(queued, "Prompt")["text"] == "a red ball"
+    if "KSampler" in kinds:
+        size, sampler = kinds["EmptySD3LatentImage"], kinds["KSampler"]
+        assert (size["width"], size["height"], sampler["seed"], sampler["steps"]) == (768, 512, 7, 3)
+    else:
+        sizes = [workflow.inputs(queued, title)["value"] for title in ("Width", "Height")]
+        assert (*sizes, kinds["RandomNoise"]["noise_seed"], kinds["Flux2Scheduler"]["steps"]) == (
+            768,
+            512,
+            7,
+            3,
+        )
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
