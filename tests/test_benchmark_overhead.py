@@ -22,9 +22,9 @@ from tiny_flux import FluxGolden
 FOLDER = comfyui.ROOT / "benchmarks" / "overhead"
 sys.path.insert(0, str(FOLDER))
 
-from accounting import Account, account  # noqa: E402
+from accounting import Account, account, joint_account  # noqa: E402
 from second_attention import SecondAttention, follow  # noqa: E402
-from setting import FLUX_DEV, TINY, Scene  # noqa: E402
+from setting import FLUX_DEV, TINY, Scene, joint  # noqa: E402
 from side_stream import SideStream  # noqa: E402
 
 AT_1024 = Scene(FLUX_DEV, 1024, 1024)
@@ -158,9 +158,22 @@ def test_hardly_any_arithmetic_is_added(five_concepts):
     assert five_concepts.traffic < 0.1 * plain.traffic
 
 
+JOINT = joint(1, 1)
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_models_read_by_their_blocks_never_wait_either_and_add_hardly_any_arithmetic(name):
+    scene = Scene(JOINT[name], 1024, 1024)
+    plain = joint_account(JOINT[name], scene)
+    extra = joint_account(JOINT[name], scene, 5) - plain
+    assert plain.waits == extra.waits == 0
+    assert 0 < extra.flops < 0.006 * plain.flops
+    assert extra.peak <= 8 * 2**20
+
+
 def test_the_script_runs_from_the_first_section_to_the_last(tmp_path):
     command = [sys.executable, FOLDER / "run.py", "--tiny", "--rounds", "2", "--out", tmp_path]
-    command += ["--sections", "step,trace,recording,reading,rows"]
+    command += ["--sections", "step,families,trace,recording,reading,rows"]
     environment = {**os.environ, "COMFYUI_PATH": str(comfyui.find()), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -168,6 +181,7 @@ def test_the_script_runs_from_the_first_section_to_the_last(tmp_path):
     rows = {row[""]: row for row in found["step"]}
     assert {"without", "K = 5", "K = 64", "reference's algorithm, K = 5"} <= rows.keys()
     assert rows["without"]["time, ratio"] == 1
+    assert {row[""] for row in found["families"]} == JOINT.keys()
     assert {row["bytes per score"] for row in found["recording"]} == {4}
     assert TINY.depth == found["recording"][0]["layers"]
     assert {row["layer"] for row in found["rows"]} == {"qkv", "proj", "mlp.0", "mlp.2"}

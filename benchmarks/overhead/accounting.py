@@ -1,4 +1,4 @@
-"""What one evaluation of a Flux.1 asks of a GPU, counted without one: PyTorch's fake tensors know shapes and
+"""What one evaluation of a model asks of a GPU, counted without one: PyTorch's fake tensors know shapes and
 data types of every operation on a "cuda" device, but have no data.
 
 Attention is counted as the one fused operation that it is on a GPU.
@@ -6,12 +6,17 @@ Attention is counted as the one fused operation that it is on a GPU.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import inspect
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from setting import Scene, Size
+from einops import rearrange
+from setting import Joint, Scene, Size
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # Operations that make the host wait for the device.
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
+COPIES = {"aten::_to_copy", "aten::copy_"}
+# Bytes of a GPU, which some of ComfyUI's attention functions divide their work by.
+_FREE = 2**36
 # Neither views nor work for the device.
 FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::_unsafe_view", "aten::lift_fresh"}
 
@@ -71,10 +79,9 @@ class _Counter(TorchDispatchMode):
         if on_device:
             self.operations += 1
             self.traffic += sum(t.numel() * t.element_size() for t in on_device)
-        copied_to_cpu = any(t.device.type == "cpu" for t in tensors_out) and any(
-            t.device.type == "cuda" for t in tensors_in
-        )
-        self.waits += name in WAITS or copied_to_cpu
+        # From ordinary memory, as to it.
+        copied = {t.device.type for t in tensors_in if t.ndim} ^ {t.device.type for t in tensors_out}
+        self.waits += name in WAITS or (name in COPIES and copied == {"cpu", "cuda"})
         return out
 
     def _born(self, storage: torch.UntypedStorage) -> None:
@@ -122,30 +129,91 @@ def account(size: Size, scene: Scene, stream=None, dtype: torch.dtype = torch.bf
         context = torch.empty(batch, size.text_tokens, size.context, dtype=dtype)
         pooled = torch.empty(batch, size.pooled, dtype=dtype)
         options: dict = {"optimized_attention_override": _attention_of_the_model}
-        with (
-            mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
-            FlopCounterMode(display=False, custom_mapping={torch.ops.aten.bmm: _flops_of_bmm}) as flops,
-            _Counter() as counter,
-        ):
+        with _counting() as counts:
             concept_stream = None
             if stream is not None:
                 text = flux1.TextStream(model, timestep, guidance, dtype)
                 concept_stream = stream(text)
                 options["patches"] = follow(concept_stream, flux1.rotate)
             out = model(x, timestep, context, y=pooled, guidance=guidance, transformer_options=options)
-            kept = counter.alive
+            found = counts()
         del out
-    return Account(
-        counter.operations, counter.waits, counter.traffic, flops.get_total_flops(), counter.peak, kept
-    )
+    return found
 
 
-def _fused_attention(q, k, v):
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+def joint_account(
+    size: Joint, scene: Scene, concepts: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> Account:
+    """Counts one evaluation of a model that is read by its blocks, with so many concepts."""
+    import comfy.ops
+
+    from concept_attention.core.architectures import family_of
+    from concept_attention.core.observing.readers.blocks import BlockReading
+    from concept_attention.core.observing.readers.reading import Guard, Look, ModelCall
+
+    module, _, name = f"comfy.ldm.{size.model}".rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(), torch.device("cuda"):
+        model = kind(**size.unet, dtype=dtype, device="cuda", operations=comfy.ops.disable_weight_init)
+        family = family_of(model)
+        batch = scene.batch
+        x = torch.empty(batch, *size.latent(scene.height, scene.width), dtype=dtype)
+        context = torch.empty(batch, size.text_tokens, size.context, dtype=dtype)
+        given = {"transformer_options": {"optimized_attention_override": _attention_of_the_model}}
+        if size.pooled is not None:
+            given["y"] = torch.empty(batch, size.pooled, dtype=dtype)
+        if "num_tokens" in inspect.signature(model.forward).parameters:
+            given["num_tokens"] = size.text_tokens
+        call = ModelCall(model.forward, (x, torch.empty(batch), context), given)
+        with torch.device("cpu"):
+            tokens = size.concepts(concepts, torch.Generator())
+        look = Look(tokens.to(x.device), tuple(range(len(family.layers(model)))))
+        with _counting() as counts, contextlib.ExitStack() as stack:
+            options = call.options
+            if concepts:
+                rows, picture = [slice(0, batch)], family.grid(model, x).size
+                reading = BlockReading(
+                    family, model, call, look, rows, picture, Guard(lambda error: False), False
+                )
+                options = stack.enter_context(reading.watching())
+            args, kwargs = call.with_options(options)
+            out = model(*args, **kwargs)
+            scores = reading.scores() if concepts else []
+            found = counts()
+        del out, scores
+    return found
 
 
-def _attention_of_the_model(func, q, k, v, heads, **kwargs):
-    return _fused_attention(q, k, v).transpose(1, 2).flatten(2)
+@contextlib.contextmanager
+def _counting() -> Iterator[Callable[[], Account]]:
+    """Of what is done inside; to be asked for at its end."""
+    import comfy.model_management
+
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
+        mock.patch.object(comfy.model_management, "get_free_memory", return_value=(_FREE, _FREE)),
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.bmm: _flops_of_bmm}) as flops,
+        _Counter() as counter,
+    ):
+        yield lambda: Account(
+            counter.operations,
+            counter.waits,
+            counter.traffic,
+            flops.get_total_flops(),
+            counter.peak,
+            counter.alive,
+        )
+
+
+def _fused_attention(q, k, v, scale=None, **_):
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+
+
+def _attention_of_the_model(func, q, k, v, heads, *_, skip_reshape=False, skip_output_reshape=False, **__):
+    if not skip_reshape:
+        q, k, v = (rearrange(x.flatten(2), "b l (h d) -> b h l d", h=heads) for x in (q, k, v))
+    out = _fused_attention(q, k, v)
+    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
 def _flops_of_bmm(a, b, *_, out_shape=None, **__) -> int:

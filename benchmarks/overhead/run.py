@@ -22,6 +22,7 @@ import statistics
 import sys
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
@@ -36,10 +37,15 @@ from setting import (
     Size,
     clock,
     evaluate,
+    joint,
+    joint_model,
     load,
     observed,
     random_model,
 )
+
+if TYPE_CHECKING:
+    from accounting import Account
 
 CONCEPTS = (1, 5, 16, 64)
 MIB = 2**20
@@ -86,6 +92,8 @@ class Bench:
             sides = ((512, 512), (1024, 1024), (2048, 1024)) if self.cuda else ((256, 256), (512, 512))
             batches = (1, 4) if self.cuda else (1, 2)
             self.scenes = [Scene(self.size, *s, batch=b) for s in sides for b in batches]
+        self.joint = joint(12, 5) if tiny else joint(1, 1) if self.cuda else joint(4, 5)
+        self.joint_pixels = (128, 64) if tiny else (1024, 1024) if self.cuda else (512, 512)
         # 1024 x 1024 on a GPU
         self.scene = self.scenes[0 if tiny else 2]
         self._model = None
@@ -173,6 +181,44 @@ def step(bench: Bench) -> list[dict]:
     return rows
 
 
+def families(bench: Bench) -> list[dict]:
+    """An evaluation of models that are read by their blocks, with five concepts, against one without."""
+    rows = []
+    for name, size in bench.joint.items():
+        scene = Scene(size, *bench.joint_pixels)
+        model = joint_model(size, torch.bfloat16 if bench.cuda else torch.float32, bench.device)
+        models = {"without": model, "without, again": model.clone(), "K = 5": observed(model, size, 5)}
+        for variant, found in bench.compare(scene, models).items():
+            if variant != "without":
+                rows.append({"": name, "pixels": f"{scene.height} x {scene.width}", " ": variant, **found})
+    return rows
+
+
+def family_accounts(_: Bench) -> list[dict]:
+    """What such an evaluation in bfloat16 asks of a GPU more than one without, models in full size."""
+    from accounting import joint_account
+
+    rows = []
+    for name, size in joint(1, 1).items():
+        scene = Scene(size, 1024, 1024)
+        plain = joint_account(size, scene)
+        for concepts in CONCEPTS:
+            extra = joint_account(size, scene, concepts) - plain
+            rows.append({"": name, " ": f"K = {concepts}", **_compared(extra, plain)})
+    return rows
+
+
+def _compared(extra: Account, plain: Account) -> dict:
+    return {
+        "operations": extra.operations,
+        "waits": extra.waits,
+        "traffic, MB": round(extra.traffic / 1e6),
+        "traffic, %": 100 * extra.traffic / plain.traffic,
+        "FLOPs, %": 100 * extra.flops / plain.flops,
+        "extra peak, MiB": extra.peak / MIB,
+    }
+
+
 def accounts(_: Bench) -> list[dict]:
     """What an evaluation of Flux.1-dev in bfloat16 asks of a GPU more than one without, on any machine."""
     rows = []
@@ -185,17 +231,7 @@ def accounts(_: Bench) -> list[dict]:
         for name, stream in streams.items():
             extra = added(scene, **stream) - plain
             rows.append(
-                {
-                    "pixels": f"{height} x {width}",
-                    "batch": batch,
-                    "": name,
-                    "operations": extra.operations,
-                    "waits": extra.waits,
-                    "traffic, MB": round(extra.traffic / 1e6),
-                    "traffic, %": 100 * extra.traffic / plain.traffic,
-                    "FLOPs, %": 100 * extra.flops / plain.flops,
-                    "extra peak, MiB": extra.peak / MIB,
-                }
+                {"pixels": f"{height} x {width}", "batch": batch, "": name, **_compared(extra, plain)}
             )
     return rows
 
@@ -422,6 +458,8 @@ SECTIONS = {
     "accounts": accounts,
     "growth": growth,
     "step": step,
+    "families": families,
+    "family_accounts": family_accounts,
     "trace": trace,
     "recording": recording,
     "reading": reading,

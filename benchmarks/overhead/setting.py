@@ -1,4 +1,4 @@
-"""What the benchmarks run in: ComfyUI and the plugin, Flux.1 models of any size with random weights, and one
+"""What the benchmarks run in: ComfyUI and the plugin, models of any size with random weights, and one
 evaluation of a model through ComfyUI's own sampling, timed."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
     from comfy.model_patcher import ModelPatcher
+
+    from concept_attention.core.concepts import ConceptTokens
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,11 +64,188 @@ class Size:
     def hidden(self) -> int:
         return 128 * self.heads
 
+    def latent(self, height: int, width: int) -> tuple[int, ...]:
+        return 16, height // 8, width // 8
+
+    def values(self, g: torch.Generator) -> dict:
+        return {"pooled_output": torch.randn(1, self.pooled, generator=g), "guidance": 3.5}
+
+    def concepts(self, count: int, g: torch.Generator) -> ConceptTokens:
+        from concept_attention.core.concepts import ConceptTokens
+
+        return ConceptTokens.single(torch.randn(count, self.context, generator=g))
+
 
 FLUX_DEV = Size(heads=24, depth=19, depth_single=38, context=4096, pooled=768, text_tokens=256)
 # An eighth of the depth and a quarter of the width; text tokens in the ratio that they have to 1024 x 1024.
 SCALED = Size(heads=6, depth=3, depth_single=6, context=1024, pooled=192, text_tokens=64)
 TINY = Size(heads=1, depth=2, depth_single=1, context=32, pooled=16, text_tokens=8)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A model of a family that is read by its blocks.
+
+    Attributes:
+        config: of ``comfy.supported_models``.
+        model: the diffusion model's class, below ``comfy.ldm``.
+        unet: the arguments of the diffusion model's class.
+        context: C, the width of text tokens.
+        channels, cell: of latents, and the pixels on a side of one of their cells.
+        text_tokens: of the prompt.
+        name_tokens: of each concept in its template; its name is the last but one to three of them.
+        pooled: width of the pooled vector, if the model takes one.
+        video: latents have frames.
+    """
+
+    config: str
+    model: str
+    unet: dict = field(hash=False)
+    context: int
+    channels: int = 16
+    cell: int = 8
+    text_tokens: int = 64
+    name_tokens: tuple[int, ...] = (11, 12, 11, 13, 11)
+    pooled: int | None = None
+    video: bool = False
+
+    def latent(self, height: int, width: int) -> tuple[int, ...]:
+        frames = (1,) if self.video else ()
+        return self.channels, *frames, height // self.cell, width // self.cell
+
+    def values(self, g: torch.Generator) -> dict:
+        return {} if self.pooled is None else {"pooled_output": torch.randn(1, self.pooled, generator=g)}
+
+    def concepts(self, count: int, g: torch.Generator) -> ConceptTokens:
+        from concept_attention.core.concepts import ConceptTokens
+
+        lengths = (self.name_tokens * count)[:count]
+        sequences = tuple(torch.randn(length, self.context, generator=g) for length in lengths)
+        return ConceptTokens(sequences, (slice(9, 10),) * count, lengths, "last token")
+
+
+def joint(share: int, depth: int) -> dict[str, Joint]:
+    """Flux.2 Klein, Qwen-Image, Z-Image and Stable Diffusion 3.5 large (in its own proportions, with as many
+    heads as blocks), of a ``share`` of their widths and a ``depth`` of their depths."""
+    side = 38 // share
+    return {
+        "Flux.2 Klein": Joint(
+            "Flux2",
+            "flux.model.Flux",
+            {
+                "image_model": "flux2",
+                "in_channels": 128,
+                "out_channels": 128,
+                "vec_in_dim": None,
+                "context_in_dim": 7680 // share,
+                "hidden_size": 3072 // share,
+                "mlp_ratio": 3.0,
+                "num_heads": 24 // share,
+                "depth": 5 // depth,
+                "depth_single_blocks": 20 // depth,
+                "axes_dim": [32, 32, 32, 32],
+                "theta": 2000,
+                "patch_size": 1,
+                "qkv_bias": False,
+                "guidance_embed": False,
+                "txt_ids_dims": [3],
+                "global_modulation": True,
+                "mlp_silu_act": True,
+                "ops_bias": False,
+            },
+            7680 // share,
+            channels=128,
+            cell=16,
+            text_tokens=512,
+            name_tokens=(512,),
+        ),
+        "Qwen-Image": Joint(
+            "QwenImage",
+            "qwen_image.model.QwenImageTransformer2DModel",
+            {
+                "image_model": "qwen_image",
+                "patch_size": 2,
+                "in_channels": 64,
+                "out_channels": 16,
+                "num_layers": 60 // depth,
+                "attention_head_dim": 128,
+                "num_attention_heads": 24 // share,
+                "joint_attention_dim": 3584 // share,
+            },
+            3584 // share,
+            video=True,
+        ),
+        "Z-Image": Joint(
+            "ZImage",
+            "lumina.model.NextDiT",
+            {
+                "image_model": "lumina2",
+                "patch_size": 2,
+                "in_channels": 16,
+                "dim": 128 * (30 // share),
+                "n_layers": 30 // depth,
+                "n_refiner_layers": max(1, 2 // depth),
+                "n_heads": 30 // share,
+                "n_kv_heads": 30 // share,
+                "qk_norm": True,
+                "cap_feat_dim": 2560 // share,
+                "axes_dims": [32, 48, 48],
+                "axes_lens": [1536, 512, 512],
+                "rope_theta": 256.0,
+                "ffn_dim_multiplier": 8 / 3,
+                "z_image_modulation": True,
+                "time_scale": 1000.0,
+                "pad_tokens_multiple": 32,
+            },
+            2560 // share,
+        ),
+        "Stable Diffusion 3.5": Joint(
+            "SD3",
+            "modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",
+            {
+                "input_size": None,
+                "patch_size": 2,
+                "in_channels": 16,
+                "depth": side,
+                "adm_in_channels": 2048 // share,
+                "context_embedder_config": {
+                    "target": "torch.nn.Linear",
+                    "params": {"in_features": 4096 // share, "out_features": 64 * side},
+                },
+                "num_patches": 192 * 192,
+                "pos_embed_max_size": 192,
+                "qk_norm": "rms",
+            },
+            4096 // share,
+            name_tokens=(77,),
+            pooled=2048 // share,
+        ),
+    }
+
+
+def joint_base(size: Joint, dtype: torch.dtype, device: torch.device) -> BaseModel:
+    """ComfyUI's model, its weights as they come."""
+    import comfy.ops
+    import comfy.supported_models
+
+    config = getattr(comfy.supported_models, size.config)(size.unet)
+    config.unet_config.update(size.unet, dtype=dtype)
+    config.custom_operations = comfy.ops.disable_weight_init
+    return config.get_model({}, "", device=device)
+
+
+def joint_model(size: Joint, dtype: torch.dtype, device: torch.device) -> ModelPatcher:
+    """With random weights, drawn so that activations keep their size."""
+    from comfy.model_patcher import ModelPatcher
+
+    torch.manual_seed(0)
+    model = joint_base(size, dtype, device)
+    for name, weight in model.diffusion_model.named_parameters():
+        if weight.ndim >= 2:
+            weight.data.normal_(0, weight[0].numel() ** -0.5)
+        else:
+            weight.data.fill_(name.endswith("weight"))
+    return ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
 def random_model(size: Size, dtype: torch.dtype, device: torch.device) -> ModelPatcher:
@@ -112,7 +292,7 @@ def random_model(size: Size, dtype: torch.dtype, device: torch.device) -> ModelP
 class Scene:
     """What is given to the model: empty latents for ``height`` x ``width`` pixels, and a prompt."""
 
-    size: Size
+    size: Size | Joint
     height: int
     width: int
     batch: int = 1
@@ -123,22 +303,22 @@ class Scene:
 
     @property
     def latent(self) -> Tensor:
-        return torch.zeros(self.batch, 16, self.height // 8, self.width // 8)
+        return torch.zeros(self.batch, *self.size.latent(self.height, self.width))
 
     @property
     def conditioning(self) -> list:
         g = torch.Generator().manual_seed(1)
-        values = {"pooled_output": torch.randn(1, self.size.pooled, generator=g), "guidance": 3.5}
+        values = self.size.values(g)
         return [[torch.randn(1, self.size.text_tokens, self.size.context, generator=g), values]]
 
 
-def observed(model: ModelPatcher, size: Size, concepts: int, **options) -> ModelPatcher:
-    from concept_attention.core.concepts import Concepts, ConceptTokens
+def observed(model: ModelPatcher, size: Size | Joint, concepts: int, **options) -> ModelPatcher:
+    from concept_attention.core.concepts import Concepts
     from concept_attention.core.observing.observe import observe
 
-    tokens = torch.randn(concepts, size.context, generator=torch.Generator().manual_seed(2))
+    tokens = size.concepts(concepts, torch.Generator().manual_seed(2))
     names = Concepts(tuple(f"concept {i}" for i in range(concepts)))
-    return observe(model, names, ConceptTokens.single(tokens), budget=2**40, **options)
+    return observe(model, names, tokens, budget=2**40, **options)
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -172,5 +172,6 @@ class JointFamily(Family):
 
 
 def picked(table: Tensor, axis: int, rows: list[int]) -> Tensor:
-    """Rows of a table of positions, some of them perhaps more than once."""
-    return table.index_select(axis, torch.tensor(rows, device=table.device))
+    """Rows of a table of positions, some of them perhaps more than once. Their numbers stay on the host: it
+    would wait for their copy to the device."""
+    return torch.cat([table.narrow(axis, row, 1) for row in rows], axis)
