@@ -171,6 +171,12 @@ def test_models_read_by_their_blocks_never_wait_either_and_add_hardly_any_arithm
     assert extra.peak <= 8 * 2**20
 
 
+def test_names_of_512_tokens_are_not_all_embedded_at_once():
+    size = JOINT["Flux.2 Klein"]
+    scene = Scene(size, 1024, 1024)
+    assert (joint_account(size, scene, 64) - joint_account(size, scene)).peak <= 256 * 2**20
+
+
 def test_the_script_runs_from_the_first_section_to_the_last(tmp_path):
     command = [sys.executable, FOLDER / "run.py", "--tiny", "--rounds", "2", "--out", tmp_path]
     command += ["--sections", "step,families,trace,recording,reading,rows"]

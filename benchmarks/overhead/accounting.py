@@ -167,7 +167,7 @@ def joint_account(
         call = ModelCall(model.forward, (x, torch.empty(batch), context), given)
         with torch.device("cpu"):
             tokens = size.concepts(concepts, torch.Generator())
-        look = Look(tokens.to(x.device), tuple(range(len(family.layers(model)))))
+        look = Look(tokens.to(x.device), tuple(family.main_layers(model)))
         with _counting() as counts, contextlib.ExitStack() as stack:
             options = call.options
             if concepts:

@@ -40,6 +40,10 @@ _OTHERS = (
 )
 
 
+# As many tokens of names are embedded at a time as a picture may well have: 16 names of 512 tokens.
+_TOKENS = 8192
+
+
 class _Embedded(BaseException):
     """Leaves the model's forward pass at its first block."""
 
@@ -181,12 +185,16 @@ class BlockReading:
         return tokens.pooled(rows)[None], positions
 
     def _calls(self) -> list[list[int]]:
-        """Which names are embedded together: those of one length, or each alone."""
+        """Which names are embedded together: those of one length, as far as memory goes, or each alone."""
         sequences = self._look.tokens.sequences
         if not self._family.batched:
             return [[i] for i in range(len(sequences))]
-        lengths = sorted({len(s) for s in sequences})
-        return [[i for i, s in enumerate(sequences) if len(s) == length] for length in lengths]
+        calls = []
+        for length in sorted({len(s) for s in sequences}):
+            names = [i for i, s in enumerate(sequences) if len(s) == length]
+            together = max(1, _TOKENS // length)
+            calls += [names[start : start + together] for start in range(0, len(names), together)]
+        return calls
 
     def _at_the_first_block(self, model: nn.Module, call: ModelCall, context: Tensor) -> Tensor:
         given = call.arguments.get("context", call.arguments.get("c_crossattn"))
