@@ -244,6 +244,9 @@ def test_the_picture_stays_the_same_to_the_last_bit(model, row, cfg, batch, laye
     assert torch.allclose(maps.values.sum(1), torch.ones(()), atol=1e-5)
     masks = concept_masks(maps, ["concept 1"])
     assert masks[0].shape[-2:] == recording.image_size
+    frames = row.latent[1] if len(row.latent) == 4 else 1
+    scale = 1 if family(model).layered else model.model.latent_format.temporal_downscale_ratio
+    assert sum(recording.durations) == 1 + (frames - 1) * scale
 
 
 def test_another_nodes_attention_is_called_as_often_as_without(model, row):

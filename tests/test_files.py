@@ -54,22 +54,24 @@ def version_of(path: Path) -> int:
 
 
 def test_frames_of_a_video_stay_together_and_pictures_keep_their_format(tmp_path):
-    video = concept_maps(replace(recording(batch=6), frames=3))
+    video = concept_maps(replace(recording(batch=6), durations=(1, 4, 4)))
     save_maps(video, tmp_path / "video")
     save_maps(made(), tmp_path / "pictures")
     loaded = load_maps(tmp_path / "video")
-    assert loaded.recording.frames == 3
+    assert loaded.recording.durations == (1, 4, 4)
     assert loaded.recording.batch == 2
     assert torch.equal(loaded.values, video.values)
     assert (version_of(tmp_path / "video"), version_of(tmp_path / "pictures")) == (2, 1)
 
 
-@pytest.mark.parametrize("frames", [0, 4, -1, 1.5, "3", None])
-def test_frames_that_do_not_part_the_maps_are_refused(tmp_path, frames):
+@pytest.mark.parametrize(
+    "durations", [[], [0, 1, 1], [1] * 4, [1, -1, 1], [1, 1.5, 1], ["1", 1, 1], 3, None, [1, 10**5, 1]]
+)
+def test_durations_that_are_not_of_the_maps_are_refused(tmp_path, durations):
     path = tmp_path / "maps"
-    save_maps(concept_maps(replace(recording(batch=6), frames=3)), path)
-    with pytest.raises(ValueError, match="frames"):
-        load_maps(rewritten(path, lambda tensors, d: d["recorded"].update(frames=frames)))
+    save_maps(concept_maps(replace(recording(batch=6), durations=(1, 4, 4))), path)
+    with pytest.raises(ValueError, match="durations"):
+        load_maps(rewritten(path, lambda tensors, d: d["recorded"].update(durations=durations)))
 
 
 def test_the_whole_recording_comes_back(tmp_path):

@@ -32,6 +32,8 @@ class Family:
     """Whether the model may take a guidance value (FluxGuidance)."""
     may_stop: ClassVar[bool] = True
     """Whether a call of the model may be left after the last recorded block."""
+    layered: ClassVar[bool] = False
+    """Whether the frames of a latent are layers of one picture, and no times of a video."""
     sound: ClassVar[bool] = False
     """Whether latents are pairs, a video and its sound."""
 
@@ -66,6 +68,13 @@ class Family:
     def grid(self, model: nn.Module, x: Tensor) -> Grid:
         """The tokens of a latent (B, C, H, W) or (B, C, F, H, W)."""
         return self.patch(model).grid(x)
+
+    def durations(self, model: nn.Module, x: Tensor, scale: int) -> tuple[int, ...]:
+        """How many frames of the video each frame of ``grid`` stands for. The first frame of a latent is the
+        video's first, each other ``scale`` frames (causal VAEs)."""
+        frames, patch = x.shape[2] if x.ndim == 5 else 1, self.patch(model).frames
+        durations = [1 if self.layered or frame == 0 else scale for frame in range(frames)]
+        return tuple(sum(durations[start : start + patch]) for start in range(0, frames, patch))
 
 
 class BlockCall(NamedTuple):

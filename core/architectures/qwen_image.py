@@ -8,6 +8,8 @@ from .family import BlockCall, JointFamily, picked
 
 
 class QwenBlocks(JointFamily):
+    layered = True
+
     def layers(self, model: nn.Module) -> list[nn.Module]:
         return list(model.transformer_blocks)
 

@@ -408,7 +408,7 @@ def _folded(
         scores=scores,
         image_size=image_size,
         coverage=coverage,
-        frames=first.frames,
+        durations=first.durations,
         broken=_broken(parts, shape),
     )
 

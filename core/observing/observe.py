@@ -198,6 +198,7 @@ class _Observer:
             grid,
             (height * pixels, width * pixels),
             (height / (grid.rows * patch.rows), width / (grid.columns * patch.columns)),
+            self.family.durations(model, noise, latent_format.temporal_downscale_ratio),
             self._budget,
             self._every,
         )

@@ -53,7 +53,8 @@ class Recording:
         coverage: the share of the grid's height and width that the image covers; below 1 where the model
             padded an odd latent.
         left_out: layers that were to be recorded too, but would have taken more memory than is allowed.
-        frames: F, how many pictures belong together as one video; 1 of images.
+        durations: for each of a video's F latent frames, how many frames of the video it stands for; a single
+            1 of images.
         broken: the images whose scores are all NaN, because the model computed NaN or infinite values, with
             the step and the layer in which it first did.
     """
@@ -67,8 +68,13 @@ class Recording:
     image_size: tuple[int, int]
     coverage: tuple[float, float]
     left_out: tuple[int, ...] = ()
-    frames: int = 1
+    durations: tuple[int, ...] = (1,)
     broken: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def frames(self) -> int:
+        """F, how many pictures belong together as one video; 1 of images."""
+        return len(self.durations)
 
     @property
     def batch(self) -> int:
@@ -169,7 +175,7 @@ def _check_alike(one: Recording, other: Recording) -> None:
         "steps": lambda r: _listed(sorted(set(r.steps))),
         "evaluations of the model": lambda r: len(r.sigmas),
         "noise levels": lambda r: ", ".join(f"{sigma:.3g}" for sigma in r.sigmas),
-        "numbers of frames": lambda r: r.frames,
+        "numbers of frames": lambda r: sum(r.durations),
         "sizes": lambda r: "{} x {}".format(*r.image_size),
     }
     for name, value in differences.items():
@@ -326,6 +332,7 @@ class Recorder:
         layers: the layers to record; once ``budget`` bytes are full, only the default ones are kept.
         sigmas: the run's schedule (n + 1,).
         batch, grid: the number of images or videos and the tokens of each.
+        durations: see ``Recording``.
         every: evaluations from one that is to be recorded to the next.
     """
 
@@ -339,12 +346,14 @@ class Recorder:
         grid: Grid,
         image_size: tuple[int, int],
         coverage: tuple[float, float],
+        durations: tuple[int, ...] = (1,),
         budget: int = BUDGET,
         every: int = 1,
     ) -> None:
         self.layers = layers
         self.batch = batch
         self.grid = grid
+        self._durations = durations
         self.failure: str | None = None
         self.concepts = concepts
         self.coverage = coverage
@@ -460,7 +469,7 @@ class Recorder:
             image_size=self._image_size,
             coverage=self.coverage,
             left_out=self._left_out,
-            frames=self.grid.frames,
+            durations=self._durations,
             broken=broken,
         )
 

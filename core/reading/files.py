@@ -2,8 +2,8 @@
 
 A file holds the maps as they are (``maps``) and the recording that they were made from
 (``scores.<space>``, (E, L, B, K, h, w)), so that other maps can be made from it without sampling again. Of
-videos each B is a frame, and the file says how many ``frames`` make one; it has version 2 then, and no reader
-of version 1 takes it for pictures.
+videos each B is a latent frame, and the file says how many frames of the video each stands for
+(``durations``); it has version 2 then, and no reader of version 1 takes it for pictures.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ SUFFIX = ".concepts.safetensors"
 # Masks and pictures are as large as the image, however small the file is that names its size.
 LARGEST_SIDE = 8192  # of a square image, in pixels
 LARGEST_PATCH = 64  # pixels along a side
+LONGEST = 10_000  # frames of a video
 _KEY = "concept_maps"
 _VERSIONS = (1, 2)
 _SCORES = "scores."
@@ -54,7 +55,7 @@ def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None 
             "left_out": recording.left_out,
             "steps": recording.steps,
             "sigmas": recording.sigmas,
-            **({} if recording.frames == 1 else {"frames": recording.frames}),
+            **({} if recording.frames == 1 else {"durations": recording.durations}),
         },
         "maps": {
             "space": maps.space,
@@ -126,8 +127,9 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
         if tensor.get_shape() != expected or not all(expected):
             raise ValueError(f"{name} has the shape {tuple(tensor.get_shape())}, not {tuple(expected)}")
         _expect(tensor.get_dtype(), tensor.get_dtype() == "F32", f"the type of {name}", "F32")
-    (frames,) = _numbers([recorded.get("frames", 1)], "frames", int)
-    _expect(frames, frames and batch % frames == 0, "frames", f"a part of {batch} maps")
+    durations = _numbers(recorded.get("durations", [1]), "durations", int)
+    fits = durations and all(durations) and batch % len(durations) == 0 and sum(durations) <= LONGEST
+    _expect(durations, fits, "durations", f"a part of {batch} maps, and of {LONGEST} frames at most")
     coverage, image_size = _geometry(description["coverage"], description["image_size"], grid)
 
     recording = Recording(
@@ -140,7 +142,7 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
         image_size=image_size,
         coverage=coverage,
         left_out=_numbers(recorded.get("left_out", []), "left_out", int),
-        frames=frames,
+        durations=durations,
     )
     space, softmax, temperature = chosen["space"], chosen["softmax"], chosen["temperature"]
     grounding = chosen.get("grounding", GROUNDINGS[0])
