@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -198,3 +200,9 @@ def test_layers_that_were_left_out_for_their_size_are_an_error_that_says_so():
 
 def test_a_range_skips_layers_that_were_not_recorded():
     assert parse_layers("0-18", (0, 5, 18), (18,)) == (0, 5, 18)
+
+
+def test_a_latent_frame_shows_as_many_frames_of_the_video_as_it_stands_for():
+    video = replace(recording(batch=6), durations=(1, 4, 4))
+    assert concept_maps(video).of_frames == [0, *[1] * 4, *[2] * 4, 3, *[4] * 4, *[5] * 4]
+    assert concept_maps(replace(video, durations=(1,))).of_frames == [0, 1, 2, 3, 4, 5]

@@ -51,6 +51,12 @@ class ConceptMaps:
     def coverage(self) -> tuple[float, float]:
         return self.recording.coverage
 
+    @property
+    def of_frames(self) -> list[int]:
+        """For each image, or each frame of the videos one after the other, which of the maps shows it."""
+        durations = self.recording.durations * self.recording.batch
+        return [index for index, duration in enumerate(durations) for _ in range(duration)]
+
     def index(self, name: str) -> int:
         """Where ``name`` is among the concepts, whatever its case.
 
