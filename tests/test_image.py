@@ -44,7 +44,8 @@ from concept_attention.core.observing.image import (
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import KEY, observe
 from concept_attention.core.observing.readers.stream import SPACES, ConceptStream
-from concept_attention.core.observing.recording import Recorder, Recording, RecordingError
+from concept_attention.core.observing.recorder import Recorder
+from concept_attention.core.observing.recording import Recording, RecordingError
 from concept_attention.core.reading.maps import concept_maps, heatmaps
 from concept_attention.nodes.concept_attention_image import ConceptAttentionImage
 from concept_attention.nodes.concept_mask import ConceptMask

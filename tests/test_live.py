@@ -10,7 +10,7 @@ from concept_attention.core.drawing.live import LiveMaps
 from concept_attention.core.geometry import Grid
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import observe
-from concept_attention.core.observing.recording import Pass, Recorder
+from concept_attention.core.observing.recorder import Pass, Recorder
 from concept_attention.core.reading.maps import heatmaps
 from tiny_flux import CONCEPTS, concept_tokens, random_flux, sample
 

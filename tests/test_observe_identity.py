@@ -18,7 +18,8 @@ from concept_attention.core.architectures import Family, flux1
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import KEY, observe
 from concept_attention.core.observing.readers.stream import SPACES, ConceptStream
-from concept_attention.core.observing.recording import Recorder, RecordingError
+from concept_attention.core.observing.recorder import Recorder
+from concept_attention.core.observing.recording import RecordingError
 from observing import (
     GUIDERS,
     TOLERANCE,

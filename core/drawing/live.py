@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..concepts import Concepts
-from ..observing.recording import Recorder
+from ..observing.recorder import Recorder
 from ..reading.maps import MeanWhereSeen
 
 INTERVAL = 0.35

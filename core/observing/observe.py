@@ -26,7 +26,8 @@ from .conditioning import Chunk, Conditionings
 from .latents import History, remember, video_of
 from .readers import reading_of
 from .readers.reading import Complete, Guard, Look, ModelCall, Reading, uncompiled
-from .recording import BUDGET, Evaluation, Pass, Recorder, RecordingError, unrecorded
+from .recorder import Evaluation, Pass, Recorder
+from .recording import BUDGET, RecordingError, unrecorded
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

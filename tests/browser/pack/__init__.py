@@ -77,8 +77,8 @@ class MadeUpRun(io.ComfyNode):
 
     @classmethod
     def execute(cls, maps, seed: int, evaluations: int) -> io.NodeOutput:
-        recording = core("observing.recording")
-        recorder = recording.Recorder(
+        recorder_module = core("observing.recorder")
+        recorder = recorder_module.Recorder(
             maps.concepts,
             (0, 1),
             (0, 1),
@@ -88,13 +88,13 @@ class MadeUpRun(io.ComfyNode):
             (512, 512),
             (1.0, 1.0),
         )
-        package = core("observing.recording").__name__.rsplit(".core.", 1)[0]
+        package = recorder_module.__name__.rsplit(".core.", 1)[0]
         listener = importlib.import_module(f"{package}.nodes.browser").live_maps()
         for scores in made_up.scores(1, 32, 32, steps=evaluations, layers=2):
             evaluation = recorder.evaluation(torch.ones(1))
             recorder.add(
                 evaluation,
-                recording.Pass(
+                recorder_module.Pass(
                     slice(0, 1), core("geometry").Grid(0, 0, 0), (0, 1), {"output": scores[:, :, :, None]}
                 ),
             )

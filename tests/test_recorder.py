@@ -5,7 +5,8 @@ import torch
 
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.geometry import Grid
-from concept_attention.core.observing.recording import Pass, Recorder, RecordingError
+from concept_attention.core.observing.recorder import Pass, Recorder
+from concept_attention.core.observing.recording import RecordingError
 
 CONCEPTS = Concepts(("cat",), ("sky",))
 

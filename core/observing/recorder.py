@@ -1,0 +1,297 @@
+"""Recording: what collects the scores of one sampling run while it goes on.
+
+Shapes as in ``recording``; B' of the pictures, and F' x h' x w' of the grid, that one call of the model has.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import threading
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..concepts import Concepts
+from ..geometry import Grid
+from .recording import BUDGET, Recording, RecordingError, listed, pictures_of, unrecorded
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Scores of one call of the model for the images ``batch`` and their ``frames``, all if None, the first
+    token at ``origin``.
+
+    ``scores[space]`` is (L, B', K, F', h', w') on the CPU; with ``copied``, once that event has happened.
+    ``weight`` (B', 1, F', h', w'), 1 if None, is how much the prompt counts in each patch beside others; with
+    ``default`` it counts where they leave something.
+    """
+
+    batch: slice | list[int]
+    origin: Grid
+    layers: tuple[int, ...]
+    scores: dict[str, Tensor]
+    copied: torch.cuda.Event | None = None
+    weight: Tensor | None = None
+    default: bool = False
+    frames: list[int] | None = None
+
+    def keep(self, layers: tuple[int, ...]) -> Pass:
+        if layers == self.layers:
+            return self
+        index = [self.layers.index(layer) for layer in layers]
+        scores = {space: s[index] for space, s in self.scores.items()}
+        return replace(self, layers=layers, scores=scores, copied=None)
+
+
+@dataclass
+class Evaluation:
+    """One evaluation of the model by the sampler. ``armed`` while its main pass runs, if it is to be recorded
+    at all: extra passes that guidance methods add are not. ``calls`` of the model were met, with the positive
+    conditionings ``seen``."""
+
+    recorder: Recorder
+    sigma: Tensor
+    armed: bool = True
+    passes: list[Pass] = field(default_factory=list)
+    calls: int = 0
+    seen: set = field(default_factory=set)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether its scores are on the CPU. Does not wait for them."""
+        return all(recorded.copied is None or recorded.copied.query() for recorded in self.passes)
+
+    def wait(self) -> None:
+        """Also moves the scores out of pinned memory, which is scarce and made for copies on their way."""
+        for i, recorded in enumerate(self.passes):
+            if recorded.copied is not None:
+                recorded.copied.synchronize()
+                scores = {space: s.clone() for space, s in recorded.scores.items()}
+                self.passes[i] = replace(recorded, scores=scores, copied=None)
+
+
+class Recorder:
+    """Collects the evaluations of one sampling run. Passes may arrive from several threads.
+
+    Args:
+        layers: the layers to record; once ``budget`` bytes are full, only the default ones are kept.
+        sigmas: the run's schedule (n + 1,).
+        batch, grid: the number of images or videos and the tokens of each.
+        durations: see ``Recording``.
+        every: evaluations from one that is to be recorded to the next.
+    """
+
+    def __init__(
+        self,
+        concepts: Concepts,
+        layers: tuple[int, ...],
+        default_layers: tuple[int, ...],
+        sigmas: Tensor,
+        batch: int,
+        grid: Grid,
+        image_size: tuple[int, int],
+        coverage: tuple[float, float],
+        durations: tuple[int, ...] = (1,),
+        budget: int = BUDGET,
+        every: int = 1,
+    ) -> None:
+        self.layers = layers
+        self.batch = batch
+        self.grid = grid
+        self._durations = durations
+        self.failure: str | None = None
+        self.concepts = concepts
+        self.coverage = coverage
+        self._default_layers = tuple(layer for layer in default_layers if layer in layers) or layers
+        self._schedule = [float(s) for s in sigmas]
+        self._image_size = image_size
+        self._budget = budget
+        self._every = every
+        self._bytes = 0
+        self._left_out: tuple[int, ...] = ()
+        self._evaluations: list[Evaluation] = []
+        self._lock = threading.Lock()
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the sampler has evaluated the model."""
+        return bool(self._evaluations)
+
+    def evaluation(self, sigma: Tensor) -> Evaluation:
+        evaluation = Evaluation(self, sigma, armed=len(self._evaluations) % self._every == 0)
+        self._evaluations.append(evaluation)
+        return evaluation
+
+    def add(self, evaluation: Evaluation, recorded: Pass) -> None:
+        with self._lock:
+            if recorded.layers != self.layers and recorded.copied is not None:
+                recorded.copied.synchronize()
+            for earlier in self._evaluations:
+                if earlier.arrived:
+                    earlier.wait()
+            evaluation.passes.append(recorded.keep(self.layers))
+            self._bytes += sum(s.nbytes for s in recorded.scores.values())
+            if self._bytes > self._budget and self.layers != self._default_layers:
+                self._thin()
+
+    def arrived(self, start: int) -> tuple[list[Tensor], int]:
+        """Scores (L, B, K, h, w) of the default layers, in the first space recorded, of the evaluations from
+        number ``start`` on that are on the CPU by now; and the number of the next."""
+        scores = []
+        with self._lock:
+            index = [self.layers.index(layer) for layer in self._default_layers]
+            for evaluation in self._evaluations[start:]:
+                if not evaluation.arrived:
+                    break
+                if evaluation.passes:
+                    space = next(iter(evaluation.passes[0].scores))
+                    scores.append(_pictures(self._merged(evaluation, space))[index])
+                start += 1
+        return scores, start
+
+    def fail(self, reason: str) -> None:
+        """Give up recording: the image goes on, and the reason is raised when maps are asked for."""
+        self.failure = self.failure or reason
+
+    def _thin(self) -> None:
+        self._left_out = tuple(layer for layer in self.layers if layer not in self._default_layers)
+        self.layers = self._default_layers
+        logging.warning(
+            "Concept Attention: all layers of this run would take more than %d MB; keeping layers %s only.",
+            self._budget // 2**20,
+            listed(self.layers),
+        )
+        for evaluation in self._evaluations:
+            evaluation.wait()
+            evaluation.passes = [p.keep(self.layers) for p in evaluation.passes]
+        self._bytes = sum(s.nbytes for e in self._evaluations for p in e.passes for s in p.scores.values())
+
+    def finish(self, taken: int = 0) -> Recording:
+        """The recording of the run.
+
+        Args:
+            taken: how many steps the sampler told of.
+
+        Raises:
+            RecordingError: something failed, or nothing was recorded.
+        """
+        if self.failure is not None:
+            raise RecordingError(unrecorded(self.failure))
+        evaluations = [e for e in self._evaluations if e.passes]
+        if not evaluations:
+            raise RecordingError(
+                f"Concept Attention recorded nothing while this LATENT was sampled{self._why_nothing(taken)}"
+            )
+        sigmas = [float(e.sigma.flatten()[0]) for e in evaluations]
+        steps = tuple(_step(self._schedule, sigma) for sigma in sigmas)
+        broken: dict[int, tuple[int, int]] = {}
+        for evaluation, step in zip(evaluations, steps, strict=True):
+            evaluation.wait()
+            broken = self._not_finite(evaluation, step) | broken
+        spaces = evaluations[0].passes[0].scores
+        scores = {space: tuple(_pictures(self._merged(e, space)) for e in evaluations) for space in spaces}
+        if broken:
+            rows = torch.tensor([i for image in broken for i in pictures_of(image, self.grid.frames)])
+            scores = {
+                space: tuple(s.index_fill(1, rows, torch.nan) for s in each) for space, each in scores.items()
+            }
+        unseen = torch.stack([s[0, :, 0].isnan() for s in next(iter(scores.values()))]).all(0)
+        whole = [image for image in range(self.batch) if image not in broken]
+        unseen = unseen[[i for image in whole for i in pictures_of(image, self.grid.frames)]]
+        if unseen.any():
+            logging.warning(
+                "Concept Attention: in %.0f %% of the image no positive prompt is at work (areas, masks, "
+                "strengths). Concepts have no maps there.",
+                100 * unseen.float().mean(),
+            )
+        return Recording(
+            concepts=self.concepts,
+            layers=self.layers,
+            default_layers=self._default_layers,
+            sigmas=tuple(sigmas),
+            steps=steps,
+            scores=scores,
+            image_size=self._image_size,
+            coverage=self.coverage,
+            left_out=self._left_out,
+            durations=self._durations,
+            broken=broken,
+        )
+
+    def _why_nothing(self, taken: int) -> str:
+        count = len(self._evaluations)
+        if any(e.calls and not e.seen for e in self._evaluations):
+            return (
+                f": in none of the {count} evaluations of the model was the positive prompt at work. Look at "
+                "its timestep range (ConditioningSetTimestepRange), and at the sampler's steps and denoise."
+            )
+        if count:
+            return (
+                f", although {count} evaluations of the model ran. Another node replaces the model's forward "
+                "pass or skips it (TeaCache and similar caches, a compiled or replaced model). Switch such "
+                "nodes off one by one and sample again."
+            )
+        if taken:
+            return (
+                f", although the sampler took {taken} steps: its guider calls the model in a way of its own "
+                "that no other node sees, as those of ComfyUI-NAG do. Use an ordinary sampler or guider; for "
+                "NAG, put ComfyUI's own node, Normalized Attention Guidance, behind the model."
+            )
+        levels = [f"{self._schedule[i]:.3g}" for i in (0, -1)] if self._schedule else ["none", "none"]
+        return (
+            ": the sampler took no step, so the model did not look at the picture. Its noise levels go from "
+            f"{levels[0]} to {levels[1]}. Raise its denoise, widen its range of steps, or look at the nodes "
+            "that make or split its SIGMAS."
+        )
+
+    def _not_finite(self, evaluation: Evaluation, step: int) -> dict[int, tuple[int, int]]:
+        """The images for which the model computed NaN or infinite values: see ``Recording.broken``."""
+        found: dict[int, tuple[int, int]] = {}
+        for recorded in evaluation.passes:
+            images = (
+                range(self.batch)[recorded.batch] if isinstance(recorded.batch, slice) else recorded.batch
+            )
+            for scores in recorded.scores.values():
+                finite = scores.isfinite().flatten(2).all(2)  # (L, B')
+                for row, image in enumerate(images):
+                    if not finite[:, row].all():
+                        found[image] = (step, self.layers[int(finite[:, row].int().argmin())])
+        return found
+
+    def _merged(self, evaluation: Evaluation, space: str) -> Tensor:
+        """The mean of the passes over each patch, weighted as the sampler weights what they predict: several
+        conditionings, areas, masks or context windows. NaN in patches without any."""
+        first = evaluation.passes[0]
+        whole = (len(self.layers), self.batch, len(self.concepts.all), *self.grid)
+        if len(evaluation.passes) == 1 and first.scores[space].shape == whole and first.weight is None:
+            return first.scores[space]
+        total, weights = torch.zeros(whole), torch.zeros(self.batch, 1, *self.grid)
+        for p in sorted(evaluation.passes, key=lambda p: p.default):
+            scores = p.scores[space]
+            frames, rows, columns = (
+                slice(o, o + n) for o, n in zip(p.origin, scores.shape[-3:], strict=True)
+            )
+            weight = torch.ones(1) if p.weight is None else p.weight
+            at = (p.batch, slice(None), frames if p.frames is None else p.frames, rows, columns)
+            if p.default:
+                weight = (1 - weights[at]).clamp_min(0)
+            total[(slice(None), *at)] += weight * scores
+            weights[at] += weight
+        return total / weights  # 0 / 0 is NaN
+
+
+def _pictures(scores: Tensor) -> Tensor:
+    """(L, B, K, F, h, w) as (L, B * F, K, h, w)."""
+    return scores.movedim(3, 2).flatten(1, 2)
+
+
+def _step(schedule: list[float], sigma: float) -> int:
+    """The last step of the schedule that starts at this noise level or beyond, in the schedule's own
+    direction: noise goes up when an image is turned back into noise."""
+    if schedule[0] >= schedule[-1]:
+        step = bisect.bisect_right([-s for s in schedule], -sigma * (1 - 1e-5)) - 1
+    else:
+        step = bisect.bisect_right(schedule, sigma * (1 + 1e-5)) - 1
+    return min(max(step, 0), max(0, len(schedule) - 2))
