@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 
-import comfy.model_prefetch
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -18,6 +17,11 @@ from concept_attention.core.observing.observe import observe
 from concept_attention.core.observing.recording import RecordingError
 
 ROW = ROWS["minimax_h3"]
+
+
+@pytest.fixture(autouse=True)
+def _model():
+    tiny("minimax_h3")  # skips where there is none
 
 
 def sampled(concepts: int = 3, **options) -> NestedTensor:
@@ -74,7 +78,7 @@ def test_weights_are_loaded_ahead_only_where_no_block_would_patch_them_twice(mon
     def queue(blocks, device, options):
         ahead.append(options.get("prefetch_dynamic_vbars", False))
 
-    monkeypatch.setattr(comfy.model_prefetch, "make_prefetch_queue", queue)
+    monkeypatch.setattr("comfy.model_prefetch.make_prefetch_queue", queue)
     monkeypatch.setattr(ModelPatcher, "is_dynamic", lambda patcher: True)
     if patched:
         layer = tiny("minimax_h3").model.diffusion_model.blocks[2].mlp.fc1
@@ -91,7 +95,7 @@ def test_what_is_recorded_is_kept_out_of_allocation_graphs(monkeypatch):
         paused.append(True)
         yield
 
-    monkeypatch.setattr(comfy.model_prefetch, "pause_malloc_graph", pause, raising=False)
+    monkeypatch.setattr("comfy.model_prefetch.pause_malloc_graph", pause, raising=False)
     sampled()
     assert len(paused) == 3, "once in each block"
 

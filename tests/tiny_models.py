@@ -6,15 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import SimpleNamespace
+from unittest import SkipTest
 
 import comfy.ops
 import comfy.sample
 import comfy.supported_models
+import comfyui_version
 import torch
+from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
 from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
+from packaging.version import Version
 from torch import Tensor, nn
 
+import comfyui
 from concept_attention.core.concepts import Concepts, ConceptTokens
 
 CPU = torch.device("cpu")
@@ -58,7 +63,8 @@ class Row:
         g = torch.Generator().manual_seed(seed)
         context = torch.randn(1, tokens or self.tokens, self.width, generator=g)
         values = {name: value(g) if callable(value) else value for name, value in self.values.items()}
-        return [[context, values]]
+        # Text encoders that make none give None, and ComfyUI 0.18's Flux.2 looks for it.
+        return [[context, {"pooled_output": None, **values}]]
 
     def noise(self, batch: int = 1, seed: int = 1) -> Tensor | NestedTensor:
         g = torch.Generator().manual_seed(seed)
@@ -197,6 +203,10 @@ _CHROMA = {
     "txt_ids_dims": [],
     "vec_in_dim": None,
 }
+# ComfyUI 0.18 places all of Radiance's text at zero.
+_SEQUENTIAL = {
+    name: True for name in ChromaRadianceParams.__dataclass_fields__ if name == "use_sequential_txt_ids"
+}
 _QWEN = {
     "image_model": "qwen_image",
     "patch_size": 2,
@@ -269,7 +279,7 @@ ROWS = {
             "nerf_final_head_type": "conv",
             "nerf_embedder_dtype": torch.float32,
             "use_x0": False,
-            "use_sequential_txt_ids": True,
+            **_SEQUENTIAL,
         },
         64,
         (3, 56, 80),
@@ -689,8 +699,22 @@ def tiny(name: str) -> ModelPatcher:
     return build(ROWS[name])
 
 
+def model_config(name: str) -> type:
+    """A class of ``comfy.supported_models``.
+
+    Raises:
+        SkipTest: this ComfyUI is older than the one that CI tests with, and does not have it yet.
+    """
+    found = getattr(comfy.supported_models, name, None)
+    if found is None:
+        here, tested = (Version(v) for v in (comfyui_version.__version__, comfyui.COMFYUI_VERSION))
+        assert here < tested, f"ComfyUI {here} has no {name}"
+        raise SkipTest(f"ComfyUI {here} has no {name} yet")
+    return found
+
+
 def build(row: Row) -> ModelPatcher:
-    config = getattr(comfy.supported_models, row.config)(row.unet)
+    config = model_config(row.config)(row.unet)
     config.unet_config.update(row.unet, dtype=torch.float32)  # some configurations have sizes of their own
     config.custom_operations = comfy.ops.disable_weight_init
     model = config.get_model({}, "", device=CPU)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Protocol
 
+from comfy.model_management import InterruptProcessingException
 from torch import Tensor, nn
 
 from ...architectures import Family
@@ -88,7 +89,7 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 class Guard:
     """Keeps a call of the model from what fails while it is watched. What ``failed`` does not take is raised;
-    so is all that is no ``Exception``, as what ComfyUI raises when the user cancels."""
+    so are what ComfyUI raises when the user cancels, and all that is no ``Exception``."""
 
     def __init__(self, failed: Callable[[Exception], bool]) -> None:
         self.broken = False
@@ -100,7 +101,8 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        if not isinstance(error, Exception):
+        # What ComfyUI raises when the user cancels is an Exception up to 0.19.
+        if not isinstance(error, Exception) or isinstance(error, InterruptProcessingException):
             return False
         self.broken = True
         return self._failed(error)
