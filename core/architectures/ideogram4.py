@@ -31,11 +31,11 @@ class Ideogram4(JointFamily):
     def step(
         self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
     ) -> Tensor:
-        positional = call["freqs_cis"]
-        axis = next(i for i, size in enumerate(positional.shape) if size == call["x"].shape[1])
+        table = call["freqs_cis"]  # (1, L, ...); before ComfyUI 0.29 one of cosines and two of sines
+        apart = isinstance(table, tuple)
         changed = call.but(
             x=hidden,
-            freqs_cis=picked(positional, axis, positions),
+            freqs_cis=tuple(picked(t, 1, positions) for t in table) if apart else picked(table, 1, positions),
             attn_mask=None,
             transformer_options=options,
         )
