@@ -76,7 +76,7 @@ class ConceptAttention(io.ComfyNode):
         record_value: bool,
         record_every: int = 1,
     ) -> io.NodeOutput:
-        recorded = what_to_record(
+        what = what_to_record(
             model,
             clip,
             concepts,
@@ -85,14 +85,6 @@ class ConceptAttention(io.ComfyNode):
             record_layers,
             record_cross_attention,
             record_value,
+            record_every,
         )
-        observed = observe(
-            model,
-            recorded.concepts,
-            recorded.tokens,
-            layers=recorded.layers,
-            spaces=recorded.spaces,
-            listener=live_maps(),
-            every=record_every,
-        )
-        return io.NodeOutput(observed)
+        return io.NodeOutput(observe(model, what, listener=live_maps()))

@@ -176,7 +176,7 @@ class ConceptAttentionImage(io.ComfyNode):
         guidance: float,
         pooled_prompt: bool,
     ) -> io.NodeOutput:
-        recorded = what_to_record(
+        what = what_to_record(
             model,
             clip,
             concepts,
@@ -198,16 +198,13 @@ class ConceptAttentionImage(io.ComfyNode):
         latent = encode_images(vae, image, patch_pixels(model))
         recording = observe_image(
             model,
-            recorded.concepts,
-            recorded.tokens,
+            what,
             latent,
             conditioning,
             image_size=tuple(image.shape[1:3]),
             levels=levels,
             samples=samples,
             seed=seed,
-            layers=recorded.layers,
-            spaces=recorded.spaces,
             pooled_prompt=pooled_prompt,
             average=average,
         )

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
 
 from comfy_api.latest import io
 
 from ..core.architectures import family_of
 from ..core.concepts import (
     POOLINGS,
-    Concepts,
-    ConceptTokens,
     encode_concepts,
     parse_concepts,
     split_names,
 )
+from ..core.observing.observe import WhatToRecord
 from ..core.observing.readers import reading_of
 from ..core.observing.recording import parse_layers
 
@@ -63,15 +61,6 @@ def space_inputs() -> list[io.Boolean.Input]:
 QUERY_SPACES = ("cross-attention", "query-key")
 
 
-class Recorded(NamedTuple):
-    """What is to be recorded: see ``core.observing.observe.observe``."""
-
-    concepts: Concepts
-    tokens: ConceptTokens
-    layers: tuple[int, ...]
-    spaces: list[str]
-
-
 def what_to_record(
     model: io.Model.Type,
     clip: io.Clip.Type,
@@ -81,7 +70,8 @@ def what_to_record(
     record_layers: str,
     record_cross_attention: bool,
     record_value: bool,
-) -> Recorded:
+    record_every: int = 1,
+) -> WhatToRecord:
     """
     Raises:
         ValueError: the model is of no supported family, the CLIP is not the model's, or a text cannot be
@@ -102,4 +92,4 @@ def what_to_record(
     known = reading_of(family).SPACES
     spaces = [space for space, on in wanted.items() if on and space in known]
     tokens = encode_concepts(clip, parsed.all, token_pooling, family, family.token_width(diffusion_model))
-    return Recorded(parsed, tokens, layers, spaces)
+    return WhatToRecord(parsed, tokens, layers, spaces, every=record_every)

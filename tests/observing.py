@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from concept_attention.core.observing.latents import recording_of
-from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.recording import Recording
 from tiny_flux import CONCEPTS, concept_tokens, conditioning
 
@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 
 def observed(model: ModelPatcher, **options) -> ModelPatcher:
-    return observe(model, CONCEPTS, concept_tokens(), **options)
+    return observe(model, WhatToRecord(CONCEPTS, concept_tokens(), **options))
 
 
 def recording(samples: Tensor) -> Recording:

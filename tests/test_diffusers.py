@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from concept_attention.core.concepts import ConceptTokens
 from concept_attention.core.observing.latents import recording_of
-from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.observe import WhatToRecord, observe
 
 pytest.importorskip(
     "diffusers",
@@ -337,7 +337,7 @@ def test_diffusers_paints_the_same_and_scores_concepts_alike(twin):
     tokens = row.concept_tokens()
     try:
         recording = recording_of(
-            {"samples": sample(observe(model, concepts_of(), tokens), row, batch=2, steps=1)}
+            {"samples": sample(observe(model, WhatToRecord(concepts_of(), tokens)), row, batch=2, steps=1)}
         )
     finally:
         hook.remove()

@@ -17,7 +17,7 @@ from concept_attention.core.concepts import ConceptTokens
 from concept_attention.core.geometry import Grid
 from concept_attention.core.observing import observe as observe_module
 from concept_attention.core.observing.latents import recording_of
-from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.readers import reading_of
 from concept_attention.core.observing.readers.blocks import BlockReading
 from concept_attention.core.observing.recording import RecordingError
@@ -42,7 +42,7 @@ def model(name):
 
 def watched(model, row: Row, tokens: ConceptTokens | None = None, **options):
     tokens = tokens or row.concept_tokens()
-    return observe(model, concepts_of(len(tokens.sequences)), tokens, **options)
+    return observe(model, WhatToRecord(concepts_of(len(tokens.sequences)), tokens, **options))
 
 
 def family(model):

@@ -26,7 +26,7 @@ import nodes
 from concept_attention.core.architectures import family_of
 from concept_attention.core.observing.image import encode_images, observe_image, patch_pixels, step_levels
 from concept_attention.core.observing.latents import recording_of
-from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.recording import Recording
 from concept_attention.nodes.concept_attention_image import ConceptAttentionImage
 from tiny_flux import random_clip
@@ -53,7 +53,7 @@ def model(name) -> ModelPatcher:
 
 
 def observed(model: ModelPatcher, row: Row, **options) -> ModelPatcher:
-    return observe(model, concepts_of(), row.concept_tokens(), **options)
+    return observe(model, WhatToRecord(concepts_of(), row.concept_tokens(), **options))
 
 
 def recording(samples: Tensor) -> Recording:
@@ -446,13 +446,12 @@ def test_a_compiled_model_is_recorded_and_stays_usable(model, row, compile_model
 IMAGES = (*NAMES, "flux2_klein", "cogvideox", "hunyuan_video", "omnigen2")
 
 
-def look(model: ModelPatcher, row: Row, latent: Tensor, **options) -> Recording:
+def look(model: ModelPatcher, row: Row, latent: Tensor, layers=None, **options) -> Recording:
     size = model.get_model_object("latent_format").spacial_downscale_ratio
     image_size = (latent.shape[-2] * size, latent.shape[-1] * size)
     return observe_image(
         model,
-        concepts_of(),
-        row.concept_tokens(),
+        WhatToRecord(concepts_of(), row.concept_tokens(), layers),
         latent,
         row.conditioning(2),
         image_size=image_size,

@@ -20,7 +20,7 @@ import nodes
 from concept_attention.core.architectures import family_of
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.observing.latents import recording_of
-from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.readers import reading_of
 from concept_attention.core.reading.files import SUFFIX, load_maps, save_maps
 from concept_attention.core.reading.maps import ConceptMaps, concept_maps
@@ -256,7 +256,7 @@ def test_scores_without_a_prompt_at_work_and_a_padded_edge_come_back(tmp_path):
 def test_what_any_model_can_record_comes_back(tmp_path, name):
     model, tokens = tiny(name), ROWS[name].concept_tokens()
     spaces = reading_of(family_of(model.get_model_object("diffusion_model"))).SPACES
-    observed = observe(model, concepts_of(len(tokens.sequences)), tokens, spaces=spaces)
+    observed = observe(model, WhatToRecord(concepts_of(len(tokens.sequences)), tokens, spaces=spaces))
     made_of = recording_of({"samples": sample(observed, ROWS[name])})
     for space in spaces:
         maps = concept_maps(made_of, space=space)

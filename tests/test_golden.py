@@ -9,6 +9,7 @@ import torch
 from concept_attention.core.architectures import flux1
 from concept_attention.core.observing.image import observe_image
 from concept_attention.core.observing.latents import recording_of
+from concept_attention.core.observing.observe import WhatToRecord
 from concept_attention.core.observing.readers.stream import SPACES, ConceptStream
 from concept_attention.core.reading.maps import heatmaps
 from golden_files import golden_files, relative
@@ -134,15 +135,12 @@ def look(golden: FluxGolden, noisy: torch.Tensor, sigma: torch.Tensor, positive:
     clean = torch.zeros_like(noisy)  # then all that the model is given is sigma * noise
     return observe_image(
         golden.model(),
-        golden.concepts,
-        golden.tokens,
+        WhatToRecord(golden.concepts, golden.tokens, range(golden.config["depth"]), SPACES[:2]),
         clean,
         positive or golden.conditioning(),
         image_size=(noisy.shape[-2] * 8, noisy.shape[-1] * 8),
         levels=(float(sigma),),
         noise=(noisy / sigma)[None],
-        layers=range(golden.config["depth"]),
-        spaces=("output", "cross-attention"),
     )
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from concept_attention.core.concepts import Concepts, ConceptTokens
 from concept_attention.core.observing import observe as observe_module
 from concept_attention.core.observing.latents import recording_of
-from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.readers.blocks import BlockReading
 from concept_attention.core.observing.recording import Recording
 from concept_attention.core.reading.maps import heatmaps
@@ -96,7 +96,7 @@ def run(
     )
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(observe_module, "reading_of", lambda family: Reading)
-        guider = CFGGuider(observe(model, concepts, tokens, **options))
+        guider = CFGGuider(observe(model, WhatToRecord(concepts, tokens, **options)))
         guider.inner_set_conds({"positive": positive})
         samples = guider.sample(
             noise, torch.zeros_like(noise), sampler or KSAMPLER(look), sigmas, disable_pbar=True, seed=0

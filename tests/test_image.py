@@ -42,7 +42,7 @@ from concept_attention.core.observing.image import (
     step_levels,
 )
 from concept_attention.core.observing.latents import recording_of
-from concept_attention.core.observing.observe import KEY, observe
+from concept_attention.core.observing.observe import KEY, WhatToRecord, observe
 from concept_attention.core.observing.readers.stream import SPACES, ConceptStream
 from concept_attention.core.observing.recorder import Recorder
 from concept_attention.core.observing.recording import Recording, RecordingError
@@ -74,17 +74,23 @@ def latents(batch: int = 1, height: int = 12, width: int = 16) -> Tensor:
     return torch.randn(batch, 16, height, width, generator=torch.Generator().manual_seed(9))
 
 
-def look(model: ModelPatcher, latent: Tensor | None = None, positive=None, **options) -> Recording:
+def what(**choices) -> WhatToRecord:
+    return WhatToRecord(CONCEPTS, concept_tokens(), **choices)
+
+
+def look(
+    model: ModelPatcher, latent: Tensor | None = None, positive=None, recorded=None, **options
+) -> Recording:
     latent = latents() if latent is None else latent
     options.setdefault("image_size", (latent.shape[-2] * 8, latent.shape[-1] * 8))
     positive = conditioning(2) if positive is None else positive
-    return observe_image(model, CONCEPTS, concept_tokens(), latent, positive, **options)
+    return observe_image(model, recorded or what(), latent, positive, **options)
 
 
 def sampled(model: ModelPatcher, level: float, seed: int = 0, latent: Tensor | None = None, positive=None):
     """The first evaluation, (L, B, K, h, w), of ordinary sampling from this noise level to 0."""
     latent = latents() if latent is None else latent
-    guider = comfy.samplers.CFGGuider(observe(model, CONCEPTS, concept_tokens(), layers=range(3)))
+    guider = comfy.samplers.CFGGuider(observe(model, what(layers=range(3))))
     guider.inner_set_conds({"positive": conditioning(2) if positive is None else positive})
     noise = comfy.sample.prepare_noise(latent, seed)
     euler = comfy.samplers.sampler_object("euler")
@@ -144,7 +150,7 @@ def test_the_default_layers_are_recorded():
 
 
 def test_every_space_can_be_recorded(model):
-    found = look(model, spaces=SPACES)
+    found = look(model, recorded=what(spaces=SPACES))
     assert tuple(found.scores) == SPACES
     assert all(len(s) == 1 and s[0].isfinite().all() and s[0].std() > 0 for s in found.scores.values())
     whole = look(model)
@@ -153,7 +159,7 @@ def test_every_space_can_be_recorded(model):
 
 @pytest.mark.parametrize("attend", ["attend_image", "attend_concepts"])
 def test_the_attention_of_the_concepts_can_be_cut(model, attend):
-    cut = look(model, **{attend: False})
+    cut = look(model, recorded=what(**{attend: False}))
     assert relative(cut.scores["output"][0], look(model).scores["output"][0]) > 0.01
 
 
@@ -247,7 +253,7 @@ def test_maps_cover_the_image_and_not_its_padding(model, size):
 @pytest.mark.parametrize("layers", [(0,), (0, 1), (2,)])
 def test_nothing_runs_after_the_last_recorded_layer(model, layers):
     with Calls(model) as calls:
-        look(model, latents(2), layers=layers, levels=(0.3, 0.6), samples=2)
+        look(model, latents(2), recorded=what(layers=layers), levels=(0.3, 0.6), samples=2)
     last = max(layers)
     assert calls["img_in"] == 2
     for block in range(last + 1):
@@ -275,7 +281,7 @@ def test_a_call_that_ends_early_gives_zeros_in_the_shape_of_the_latent(model, mo
 
 def test_a_sampler_still_runs_the_whole_model(model):
     with Calls(model) as calls:
-        sample(observe(model, CONCEPTS, concept_tokens(), layers=(0,)), steps=1)
+        sample(observe(model, what(layers=(0,))), steps=1)
     assert calls["double_blocks.2"] == calls["single_blocks.0"] == calls["final_layer"] == 1
 
 
@@ -364,7 +370,8 @@ def test_patches_of_other_nodes_count(model):
 
 def test_an_observer_of_the_model_has_no_part_in_it(model):
     heard = []
-    watched = observe(model, Concepts(("other", "things")), concept_tokens(6, 2), listener=heard.append)
+    others = WhatToRecord(Concepts(("other", "things")), concept_tokens(6, 2))
+    watched = observe(model, others, listener=heard.append)
     assert equal(look(watched), look(model))
     assert not heard
     samples = sample(watched)
@@ -398,9 +405,8 @@ def test_nothing_that_it_is_given_changes_and_sampling_stays_the_same():
     given = [latent, *tokens.sequences, positive[0][0], positive[0][1]["pooled_output"]]
     given += positive[0][1]["reference_latents"]
     copies, names = [tensor.clone() for tensor in given], sorted(positive[0][1])
-    observe_image(
-        model, CONCEPTS, tokens, latent, positive, image_size=(90, 128), samples=2, pooled_prompt=False
-    )
+    recorded = WhatToRecord(CONCEPTS, tokens)
+    observe_image(model, recorded, latent, positive, image_size=(90, 128), samples=2, pooled_prompt=False)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, copies, strict=True))
     assert sorted(positive[0][1]) == names
     assert state(model) == before
@@ -618,8 +624,8 @@ def test_steps_that_do_not_exist_are_an_error(model, text, message):
         ({"image_size": (96, 96)}, "6 x 8 patches of 16 pixels.*96 x 96"),
         ({"image_size": (97, 128)}, "does not fill"),
         ({"average": "never"}, "never.*after softmax"),
-        ({"layers": (3,)}, "layers 0 to 2"),
-        ({"spaces": ("outer",)}, "outer"),
+        ({"recorded": what(layers=(3,))}, "layers 0 to 2"),
+        ({"recorded": what(spaces=("outer",))}, "outer"),
     ],
 )
 def test_what_does_not_fit_is_an_error(model, options, message):
@@ -727,8 +733,9 @@ def test_maps_of_existing_pictures_are_right(vae):
         image = torch.from_numpy(scene.image.copy()).float()[None] / 255
         recording = observe_image(
             model,
-            Concepts(names),
-            encode_concepts(clip, names, "mean of tokens", flux1.FAMILIES[0], WIDTH),
+            WhatToRecord(
+                Concepts(names), encode_concepts(clip, names, "mean of tokens", flux1.FAMILIES[0], WIDTH)
+            ),
             encode_images(vae, image, 16),
             clip.encode_from_tokens_scheduled(clip.tokenize(scene.prompt)),
             image_size=tuple(image.shape[1:3]),

@@ -22,15 +22,16 @@ from torch import Tensor
 import nodes
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.observing.latents import History, recording_of, remember
-from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.recording import Recording, RecordingError
+from observing import observed
 from recordings import recording
 from tiny_flux import CONCEPTS, concept_tokens, conditioning, random_flux, sample
 
 # isort: split
 import comfy_extras.nodes_latent as latent_nodes
 
-OTHERS = Concepts(("rock", "tree"), ("water",))
+OTHERS = WhatToRecord(Concepts(("rock", "tree"), ("water",)), concept_tokens(9))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def model() -> ModelPatcher:
 
 @pytest.fixture
 def watched(model) -> ModelPatcher:
-    return observe(model, CONCEPTS, concept_tokens())
+    return observed(model)
 
 
 def empty(batch: int = 1, height: int = 12, width: int = 16) -> dict:
@@ -154,7 +155,7 @@ def test_the_image_of_concept_attention_image_is_known_in_a_batch():
 
 
 def test_a_batch_of_runs_with_different_concepts_names_both(model, watched):
-    others = observe(model, OTHERS, concept_tokens(9))
+    others = observe(model, OTHERS)
     mixed = batched(ksampler(watched, seed=1), ksampler(others, seed=2))
     with pytest.raises(RecordingError, match="different concepts: cat, ball, sky; and rock, tree, water"):
         recording_of(mixed)
@@ -163,19 +164,19 @@ def test_a_batch_of_runs_with_different_concepts_names_both(model, watched):
 def test_images_of_two_runs_with_the_same_concepts_are_of_those(model, watched):
     """The concepts were changed since for one of the images, whose latent stays the same."""
     kept = [ksampler(watched, seed=1), ksampler(watched, seed=2)]
-    others = observe(model, OTHERS, concept_tokens(9))
+    others = observe(model, OTHERS)
     later = ksampler(others, seed=1)
     assert recording_of(batched(*kept)).concepts == CONCEPTS
     assert torch.equal(scores(batched(*kept)), torch.cat([scores(latent) for latent in kept], 2))
-    assert recording_of(pick(later, 0)).concepts == OTHERS
+    assert recording_of(pick(later, 0)).concepts == OTHERS.concepts
 
 
 def test_of_two_runs_that_made_the_same_latent_the_later_one_counts(model, watched):
     first = ksampler(watched)
-    second = ksampler(observe(model, OTHERS, concept_tokens(9)))
+    second = ksampler(observe(model, OTHERS))
     assert torch.equal(first["samples"], second["samples"])
     assert recording_of(first).concepts == CONCEPTS
-    assert recording_of({"samples": first["samples"].clone()}).concepts == OTHERS
+    assert recording_of({"samples": first["samples"].clone()}).concepts == OTHERS.concepts
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_an_empty_batch_and_what_is_no_tensor_are_not_known():
 def test_copies_of_a_run_that_could_not_be_recorded_say_why(model):
     broken = model.clone()
     broken.set_model_unet_function_wrapper(lambda apply_model, args: torch.zeros_like(args["input"]))
-    _, denoised = sampler_custom_advanced(observe(broken, CONCEPTS, concept_tokens()), [1.0, 0.5, 0.0])
+    _, denoised = sampler_custom_advanced(observed(broken), [1.0, 0.5, 0.0])
     with pytest.raises(RecordingError, match="although 2 evaluations of the model ran"):
         recording_of(denoised)
 
@@ -285,7 +286,7 @@ def test_a_sampler_that_takes_no_step_is_named_as_the_reason(watched, sampler, s
 def test_ksampler_without_a_step_hands_on_the_latent_with_its_maps(model, watched):
     """It returns the very tensor, and calls nothing of the MODEL on the way."""
     before = ksampler(watched)
-    after = ksampler(observe(model, OTHERS, concept_tokens(9)), latent=before, denoise=0.0)
+    after = ksampler(observe(model, OTHERS), latent=before, denoise=0.0)
     assert after["samples"] is before["samples"]
     assert recording_of(after) is recording_of(before)
     nothing = ksampler(watched, denoise=0.0)
@@ -319,7 +320,7 @@ def alive(kind: type = Recording) -> int:
 
 
 def test_a_picked_recording_lives_as_long_as_its_latent(model):
-    four = ksampler(observe(model, CONCEPTS, concept_tokens()), latent=empty(4))
+    four = ksampler(observed(model), latent=empty(4))
     one = pick(four, 2)
     whole, own = weakref.ref(recording_of(four)), weakref.ref(recording_of(one))
     del four
@@ -332,7 +333,7 @@ def test_a_picked_recording_lives_as_long_as_its_latent(model):
 
 
 def test_nothing_is_known_when_latents_and_model_are_gone(model):
-    watched = observe(model, CONCEPTS, concept_tokens())
+    watched = observed(model)
     output, denoised = sampler_custom_advanced(watched, [1.0, 0.5, 0.0])
     picked = batched(denoised, output)
     found = [weakref.ref(recording_of(latent)) for latent in (output, picked)]
@@ -403,8 +404,8 @@ def recording_held_by(history: History) -> Callable[[int], Recording]:
 
 def test_other_callbacks_still_see_every_step(watched, model):
     seen = {True: [], False: []}
-    for each, observed in ((watched, True), (model, False)):
-        sample(each, callback=lambda *args, o=observed: seen[o].append((args[0], args[1].clone(), args[3])))
+    for each, ours in ((watched, True), (model, False)):
+        sample(each, callback=lambda *args, o=ours: seen[o].append((args[0], args[1].clone(), args[3])))
     for ours, expected in zip(seen[True], seen[False], strict=True):
         assert ours[::2] == expected[::2]
         assert torch.equal(ours[1], expected[1])

@@ -9,7 +9,7 @@ from concept_attention.core.concepts import Concepts
 from concept_attention.core.drawing.live import LiveMaps
 from concept_attention.core.geometry import Grid
 from concept_attention.core.observing.latents import recording_of
-from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.recorder import Pass, Recorder
 from concept_attention.core.reading.maps import heatmaps
 from tiny_flux import CONCEPTS, concept_tokens, random_flux, sample
@@ -84,7 +84,7 @@ def test_listening_leaves_the_samples_as_they_are():
     model = random_flux()
     sent = []
     listener = LiveMaps(sent.append, lambda: True, interval=0)
-    samples = sample(observe(model, CONCEPTS, concept_tokens(), listener=listener))
+    samples = sample(observe(model, WhatToRecord(CONCEPTS, concept_tokens()), listener=listener))
     assert torch.equal(samples, sample(model))
     assert torch.allclose(sent[-1].values, heatmaps(recording_of({"samples": samples}))[0], atol=1e-6)
 
@@ -96,7 +96,7 @@ def test_a_listener_that_fails_costs_neither_the_picture_nor_the_recording(caplo
         calls.append(recorder)
         raise OSError("the browser is gone")
 
-    observed = observe(random_flux(), CONCEPTS, concept_tokens(), listener=listener)
+    observed = observe(random_flux(), WhatToRecord(CONCEPTS, concept_tokens()), listener=listener)
     samples = sample(observed)
     assert len(calls) == 1
     assert len(recording_of({"samples": samples}).steps) == 3

@@ -26,7 +26,7 @@ import nodes
 from concept_attention.core.architectures import flux1
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.observing.latents import recording_of
-from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.readers.stream import SPACES
 from concept_attention.core.observing.recording import RecordingError
 from observing import (
@@ -130,7 +130,7 @@ def test_observing_an_observed_model_replaces_its_concepts_and_says_so(model, mo
 
     first = observed(model)
     assert not caplog.text
-    second = observe(first, Concepts(("rock", "tree")), concept_tokens(seed=9, count=2))
+    second = observe(first, WhatToRecord(Concepts(("rock", "tree")), concept_tokens(seed=9, count=2)))
     assert "Only the concepts of the last node count: rock, tree" in caplog.text
     monkeypatch.setattr(flux1, "TextStream", TextStream)
     samples = sample(second)

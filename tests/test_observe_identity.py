@@ -16,7 +16,7 @@ from torch import Tensor
 
 from concept_attention.core.architectures import Family, flux1
 from concept_attention.core.observing.latents import recording_of
-from concept_attention.core.observing.observe import KEY, observe
+from concept_attention.core.observing.observe import KEY, WhatToRecord, observe
 from concept_attention.core.observing.readers.stream import SPACES, ConceptStream
 from concept_attention.core.observing.recorder import Recorder
 from concept_attention.core.observing.recording import RecordingError
@@ -274,7 +274,7 @@ def test_nothing_that_the_run_is_given_changes(model):
     given += [negative[0][0], negative[0][1]["pooled_output"], latent, mask, *tokens.sequences]
     before = [tensor.clone() for tensor in given]
     names = [sorted(positive[0][1]), sorted(negative[0][1])]
-    watched = observe(model, CONCEPTS, tokens)
+    watched = observe(model, WhatToRecord(CONCEPTS, tokens))
     sample(
         watched, latent=latent, positive=positive, negative=negative, noise_mask=mask, cfg=3.0, denoise=0.7
     )

@@ -13,7 +13,7 @@ from tiny_models import ROWS, concepts_of, sample, tiny
 
 from concept_attention.core.observing.image import observe_image
 from concept_attention.core.observing.latents import recording_of
-from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.recording import RecordingError
 
 ROW = ROWS["minimax_h3"]
@@ -25,7 +25,7 @@ def _model():
 
 
 def sampled(concepts: int = 3, **options) -> NestedTensor:
-    model = observe(tiny("minimax_h3"), concepts_of(concepts), ROW.concept_tokens(concepts))
+    model = observe(tiny("minimax_h3"), WhatToRecord(concepts_of(concepts), ROW.concept_tokens(concepts)))
     return sample(model, ROW, steps=1, **options)
 
 
@@ -104,8 +104,7 @@ def test_pictures_without_sound_are_refused():
     with pytest.raises(ValueError, match="MiniMax H3 makes a video and its sound together"):
         observe_image(
             tiny("minimax_h3"),
-            concepts_of(),
-            ROW.concept_tokens(),
+            WhatToRecord(concepts_of(), ROW.concept_tokens()),
             torch.zeros(1, 24, 1, 4, 4),
             ROW.conditioning(2),
             image_size=(64, 64),

@@ -14,7 +14,7 @@ from comfy.text_encoders.flux import FluxTokenizer, flux_clip
 from torch import Tensor
 
 from concept_attention.core.concepts import Concepts, ConceptTokens
-from concept_attention.core.observing.observe import observe
+from concept_attention.core.observing.observe import WhatToRecord, observe
 from golden_files import Golden
 
 
@@ -32,7 +32,7 @@ class FluxGolden(Golden):
         return [[self["inputs.context"], values]]
 
     def observed(self, model: ModelPatcher, **options) -> ModelPatcher:
-        return observe(model, self.concepts, self.tokens, **options)
+        return observe(model, WhatToRecord(self.concepts, self.tokens, **options))
 
 
 def random_flux(seed: int = 0, guidance: bool = True, depth: int = 3) -> ModelPatcher:

@@ -425,6 +425,7 @@ def image(bench: Bench) -> list[dict]:
     """Maps of an existing latent, from the call to the recording, against a whole evaluation."""
     from concept_attention.core.concepts import Concepts, ConceptTokens
     from concept_attention.core.observing.image import observe_image
+    from concept_attention.core.observing.observe import WhatToRecord
 
     scene, now = bench.scene, clock(bench.device)
     tokens = torch.randn(5, bench.size.context, generator=torch.Generator().manual_seed(2))
@@ -434,8 +435,7 @@ def image(bench: Bench) -> list[dict]:
         with torch.inference_mode():
             observe_image(
                 bench.model,
-                names,
-                ConceptTokens.single(tokens),
+                WhatToRecord(names, ConceptTokens.single(tokens)),
                 scene.latent,
                 scene.conditioning,
                 image_size=(scene.height, scene.width),

@@ -314,11 +314,11 @@ class Scene:
 
 def observed(model: ModelPatcher, size: Size | Joint, concepts: int, **options) -> ModelPatcher:
     from concept_attention.core.concepts import Concepts
-    from concept_attention.core.observing.observe import observe
+    from concept_attention.core.observing.observe import WhatToRecord, observe
 
     tokens = size.concepts(concepts, torch.Generator().manual_seed(2))
     names = Concepts(tuple(f"concept {i}" for i in range(concepts)))
-    return observe(model, names, tokens, budget=2**40, **options)
+    return observe(model, WhatToRecord(names, tokens, budget=2**40, **options))
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...core.architectures import family_of
 from ...core.concepts import Concepts, ConceptTokens, encode_concepts
 from ...core.observing.image import observe_image
+from ...core.observing.observe import WhatToRecord
 from ...core.observing.recording import Recording
 
 if TYPE_CHECKING:
@@ -141,19 +142,22 @@ class Models:
         """One sample at a time, so that scores do not depend on what else was in the batch."""
         if self._latent[0] is not query.picture:
             self._latent = (query.picture, self._encode_picture(query.picture))
-        return observe_image(
-            self._model,
+        what = WhatToRecord(
             view.concepts,
             ConceptTokens.together([self._token(name, view.pooling) for name in view.concepts.all]),
+            layers=self.layers,
+            spaces=tuple(sorted(self._spaces)),
+            attend_image=view.attend_image,
+            attend_concepts=view.attend_concepts,
+        )
+        return observe_image(
+            self._model,
+            what,
             self._latent[1],
             self._conditioning(view.prompt),
             image_size=(self._size, self._size),
             levels=(view.level,),
             seed=query.seed + sample,
-            layers=self.layers,
-            spaces=tuple(sorted(self._spaces)),
-            attend_image=view.attend_image,
-            attend_concepts=view.attend_concepts,
             pooled_prompt=view.pooled_prompt,
         )
 

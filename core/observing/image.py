@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import comfy.model_management
@@ -23,10 +24,9 @@ from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor, nn
 
 from ..architectures import family_of
-from ..concepts import Concepts, ConceptTokens
 from ..images import rgb_images
 from .latents import recorded
-from .observe import observe
+from .observe import WhatToRecord, observe
 from .recording import AVERAGES, Recording, RecordingError
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ LEVEL = 0.5
 
 def observe_image(
     model: ModelPatcher,
-    concepts: Concepts,
-    tokens: ConceptTokens,
+    what: WhatToRecord,
     latent: Tensor,
     conditioning: list,
     *,
@@ -48,10 +47,6 @@ def observe_image(
     samples: int = 1,
     seed: int = 0,
     noise: Tensor | None = None,
-    layers: Collection[int] | None = None,
-    spaces: Collection[str] = ("output",),
-    attend_image: bool = True,
-    attend_concepts: bool = True,
     pooled_prompt: bool = True,
     average: str = "after softmax",
 ) -> Recording:
@@ -65,7 +60,7 @@ def observe_image(
     conditioning, and no pooled prompt.
 
     Args:
-        tokens: of each of ``concepts.all``.
+        what: its ``every`` and ``budget`` do not matter, since every evaluation is recorded.
         latent: the images as ``encode_images`` gives them, (B, C, H, W) or (B, C, F, H, W).
         conditioning: the prompt, as CLIPTextEncode gives it. Tensors in it with more than one row have one
             for each image.
@@ -77,8 +72,6 @@ def observe_image(
         samples: noise samples per level, S. All levels share them.
         seed: sample i is the noise that ComfyUI draws for seed + i, as in the reference.
         noise: the noise itself, (S, *latent.shape), in place of that of ``samples`` and ``seed``.
-        layers: the layers to record; the family's default ones if None.
-        spaces, attend_image, attend_concepts: as in ``observe``.
         pooled_prompt: whether the image's own stream is given the prompt's pooled vector. The reference gives
             it zeros.
         average: "after softmax" keeps every level and sample as an evaluation of its own, and maps are means
@@ -111,18 +104,10 @@ def observe_image(
         if samples < 1:
             raise ValueError(f"Concept Attention needs at least one noise sample, not {samples}.")
         noise = torch.stack([comfy.sample.prepare_noise(latent, (seed + i) % 2**64) for i in range(samples)])
-    default_layers = family.default_layers(diffusion_model)
-    observed = observe(
-        model,
-        concepts,
-        tokens,
-        layers=default_layers if layers is None else layers,
-        spaces=spaces,
-        attend_image=attend_image,
-        attend_concepts=attend_concepts,
-        budget=sys.maxsize,  # nothing is recorded here but what was asked for
-        maps_only=True,
-    )
+    layers = family.default_layers(diffusion_model) if what.layers is None else what.layers
+    # Nothing is recorded here but what was asked for.
+    what = replace(what, layers=layers, every=1, budget=sys.maxsize)
+    observed = observe(model, what, maps_only=True)
     if not pooled_prompt:
         conditioning = [_without_pooled(entry) for entry in conditioning]
     parts = _evaluate(observed, latent, noise, conditioning, levels, seed)

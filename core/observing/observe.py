@@ -42,17 +42,34 @@ WRAPPERS = (
 )
 
 
+@dataclass(frozen=True)
+class WhatToRecord:
+    """What is to be recorded of a model at work.
+
+    Attributes:
+        tokens: of each of ``concepts.all``.
+        layers: their numbers in the model; if None, its family's main ones of a sampling run, and its default
+            ones of existing images.
+        spaces: out of the ``SPACES`` of ``reading_of`` the model's family.
+        attend_image, attend_concepts: see ``Look``.
+        every: evaluations of the model from one that is recorded to the next. The first always is.
+        budget: bytes that one recording may take before it keeps the default layers only.
+    """
+
+    concepts: Concepts
+    tokens: ConceptTokens
+    layers: Collection[int] | None = None
+    spaces: Collection[str] = ("output",)
+    attend_image: bool = True
+    attend_concepts: bool = True
+    every: int = 1
+    budget: int = BUDGET
+
+
 def observe(
     model: ModelPatcher,
-    concepts: Concepts,
-    tokens: ConceptTokens,
+    what: WhatToRecord,
     *,
-    layers: Collection[int] | None = None,
-    spaces: Collection[str] = ("output",),
-    attend_image: bool = True,
-    attend_concepts: bool = True,
-    every: int = 1,
-    budget: int = BUDGET,
     listener: Callable[[Recorder], None] | None = None,
     maps_only: bool = False,
 ) -> ModelPatcher:
@@ -61,12 +78,6 @@ def observe(
     Observing an observed model replaces its concepts.
 
     Args:
-        tokens: of each of ``concepts.all``.
-        layers: the layers of the model to record; its family's main ones by default.
-        spaces: what to record, out of the ``SPACES`` of ``reading_of`` the model's family.
-        attend_image, attend_concepts: see ``Look``.
-        every: evaluations of the model from one that is recorded to the next. The first always is.
-        budget: bytes that one recording may take before it keeps the default layers only.
         listener: called after every evaluation with what is being recorded.
         maps_only: nobody wants what is sampled. Evaluations end right after the last recorded layer and
             give zeros, and what fails while recording is raised.
@@ -78,25 +89,26 @@ def observe(
     diffusion_model = model.get_model_object("diffusion_model")
     family = family_of(diffusion_model)
     depth = len(family.layers(diffusion_model))
-    recorded = tuple(sorted(set(family.main_layers(diffusion_model) if layers is None else layers)))
-    if not recorded or recorded[0] < 0 or recorded[-1] >= depth:
-        raise ValueError(f"This model has the layers 0 to {depth - 1}; asked to record {list(recorded)}.")
+    wanted = family.main_layers(diffusion_model) if what.layers is None else what.layers
+    layers = tuple(sorted(set(wanted)))
+    if not layers or layers[0] < 0 or layers[-1] >= depth:
+        raise ValueError(f"This model has the layers 0 to {depth - 1}; asked to record {list(layers)}.")
     known = reading_of(family).SPACES
-    unknown = set(spaces) - set(known)
-    if unknown or not spaces:
+    unknown = set(what.spaces) - set(known)
+    if unknown or not what.spaces:
         raise ValueError(f"Unknown spaces {sorted(unknown)}. {family.name} has: {'; '.join(known)}.")
-    if every < 1:
-        raise ValueError(f"Evaluations are recorded every 1 or more, not every {every}.")
+    if what.every < 1:
+        raise ValueError(f"Evaluations are recorded every 1 or more, not every {what.every}.")
 
-    look = Look(tokens, recorded, tuple(spaces), attend_image, attend_concepts)
+    what = replace(what, layers=layers, spaces=tuple(what.spaces))
     channels = model.get_model_object("latent_format").latent_channels
-    observer = _Observer(family, concepts, look, every, budget, listener, maps_only, channels)
+    observer = _Observer(family, what, channels, listener, maps_only)
     observed = model.clone()
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
         logging.warning(
             "Concept Attention: this MODEL has been through Concept Attention before. Only the concepts of "
             "the last node count: %s.",
-            ", ".join(concepts.all),
+            ", ".join(what.concepts.all),
         )
     for kind in WRAPPERS:
         observed.remove_wrappers_with_key(kind, KEY)
@@ -112,32 +124,27 @@ class _Observer:
     def __init__(
         self,
         family: Family,
-        concepts: Concepts,
-        look: Look,
-        every: int,
-        budget: int,
+        what: WhatToRecord,
+        channels: int,
         listener: Callable[[Recorder], None] | None,
         maps_only: bool,
-        channels: int,
     ) -> None:
         self.family = family
         self._reading_of_a_call = reading_of(family)
         self.maps_only = maps_only
-        self._concepts = concepts
-        self._looks = {torch.device("cpu"): look}
-        self._every = every
-        self._budget = budget
+        self._what = what
+        self._tokens = {torch.device("cpu"): what.tokens}
         self._channels = channels
         self._listener = listener
         self._runs: weakref.WeakKeyDictionary[CFGGuider, _Run] = weakref.WeakKeyDictionary()
         self._history = History()
 
-    def _look(self, device: torch.device) -> Look:
-        """With the concepts' tokens on the device. Copied once: copying from ordinary memory waits for it."""
-        if device not in self._looks:
-            look = next(iter(self._looks.values()))
-            self._looks[device] = replace(look, tokens=look.tokens.to(device))
-        return self._looks[device]
+    def _look(self, device: torch.device, layers: tuple[int, ...]) -> Look:
+        """The tokens are copied to the device once: copying from ordinary memory waits for it."""
+        what = self._what
+        if device not in self._tokens:
+            self._tokens[device] = what.tokens.to(device)
+        return Look(self._tokens[device], layers, what.spaces, what.attend_image, what.attend_concepts)
 
     def outer_sample(
         self,
@@ -191,8 +198,8 @@ class _Observer:
         height, width = noise.shape[-2:]
         patch, grid = self.family.patch(model), self.family.grid(model, noise)
         return Recorder(
-            self._concepts,
-            next(iter(self._looks.values())).layers,
+            self._what.concepts,
+            self._what.layers,
             self.family.default_layers(model),
             sigmas,
             noise.shape[0],
@@ -200,8 +207,8 @@ class _Observer:
             (height * pixels, width * pixels),
             (height / (grid.rows * patch.rows), width / (grid.columns * patch.columns)),
             self.family.durations(model, noise, latent_format.temporal_downscale_ratio),
-            self._budget,
-            self._every,
+            self._what.budget,
+            self._what.every,
         )
 
     def predict_noise(self, executor, x, timestep, model_options, seed):
@@ -281,7 +288,7 @@ class _Observer:
                 f"the model was called on a tile of {grid.rows} x {grid.columns} patches; the image has "
                 f"{whole.rows} x {whole.columns}, and tiled sampling cannot be recorded"
             )
-        look = replace(self._look(call.x.device), layers=layers)
+        look = self._look(call.x.device, layers)
         rows = [chunk.rows for chunk in chunks]
         stop = self.maps_only and self.family.may_stop
         return self._reading_of_a_call(self.family, model, call, look, rows, grid.size, guard, stop)
