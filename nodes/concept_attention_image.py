@@ -140,7 +140,10 @@ class ConceptAttentionImage(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     advanced=True,
-                    tooltip="For guidance-distilled models such as Flux.1 dev. The reference uses 0.",
+                    tooltip=(
+                        "For models that take a guidance value, such as Flux.1 dev, Flux.2 dev and "
+                        "HunyuanVideo; others ignore it. 3.5 is usual for Flux.1 dev. The reference uses 0."
+                    ),
                 ),
                 io.Boolean.Input(
                     "pooled_prompt",

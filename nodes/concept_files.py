@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import folder_paths
@@ -96,7 +97,10 @@ class ConceptMapsLoad(io.ComfyNode):
         problem = cls.validate_inputs(file)  # not asked before, where another node gives the name
         if problem is not True:
             raise ValueError(f"Concept maps cannot be loaded: {problem}.")
-        return io.NodeOutput(load_maps(Path(folder_paths.get_annotated_filepath(file))))
+        maps = load_maps(Path(folder_paths.get_annotated_filepath(file)))
+        if maps.recording.broken:
+            logging.warning("Concept Attention: %s", maps.recording.failed)
+        return io.NodeOutput(maps)
 
 
 def _files() -> list[str]:

@@ -74,6 +74,37 @@ def test_durations_that_are_not_of_the_maps_are_refused(tmp_path, durations):
         load_maps(rewritten(path, lambda tensors, d: d["recorded"].update(durations=durations)))
 
 
+def with_a_broken_image() -> ConceptMaps:
+    """The second of three, from layer 4 of step 1 on."""
+    whole = recording(batch=3)
+    scores = tuple(s.index_fill(1, torch.tensor([1]), torch.nan) for s in whole.scores["output"])
+    return concept_maps(replace(whole, scores={"output": scores}, broken={1: (1, 4)}))
+
+
+def test_a_file_says_which_images_are_broken_and_why(tmp_path, caplog, monkeypatch):
+    maps = with_a_broken_image()
+    path = tmp_path / f"maps{SUFFIX}"
+    save_maps(maps, path)
+    assert load_maps(path).recording.broken == {1: (1, 4)}
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
+    loaded = ConceptMapsLoad.execute(path.name).result[0]
+    assert "in step 1, from layer 4 on (image 2 of 3)" in caplog.text
+    assert torch.equal(loaded.values, maps.values)
+
+
+def test_files_from_before_images_could_be_broken_have_none(tmp_path):
+    save_maps(made(), tmp_path / "maps")
+    old = rewritten(tmp_path / "maps", lambda tensors, d: d["recorded"].pop("broken"))
+    assert load_maps(old).recording.broken == {}
+
+
+@pytest.mark.parametrize("broken", [3, None, {}, [1], [[1, 0]], [[3, 1, 4]], [[1, 1, 4]] * 2, [[1, 1, -4]]])
+def test_broken_images_that_the_file_does_not_have_are_refused(tmp_path, broken):
+    save_maps(with_a_broken_image(), tmp_path / "maps")
+    with pytest.raises(ValueError, match="broken"):
+        load_maps(rewritten(tmp_path / "maps", lambda tensors, d: d["recorded"].update(broken=broken)))
+
+
 def test_the_whole_recording_comes_back(tmp_path):
     maps = made()
     save_maps(maps, tmp_path / "maps")

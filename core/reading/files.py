@@ -53,6 +53,7 @@ def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None 
             "layers": recording.layers,
             "default_layers": recording.default_layers,
             "left_out": recording.left_out,
+            "broken": [[image, *place] for image, place in recording.broken.items()],
             "steps": recording.steps,
             "sigmas": recording.sigmas,
             **({} if recording.frames == 1 else {"durations": recording.durations}),
@@ -143,6 +144,7 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
         coverage=coverage,
         left_out=_numbers(recorded.get("left_out", []), "left_out", int),
         durations=durations,
+        broken=_broken(recorded.get("broken", []), batch // len(durations)),
     )
     space, softmax, temperature = chosen["space"], chosen["softmax"], chosen["temperature"]
     grounding = chosen.get("grounding", GROUNDINGS[0])
@@ -193,6 +195,15 @@ def _choice(values: Any, name: str, recorded: tuple[int, ...]) -> tuple[int, ...
     chosen = _numbers(values, name, int)
     _expect(chosen, chosen and set(chosen) <= set(recorded), name, f"out of {shortened(recorded)}")
     return chosen
+
+
+def _broken(values: Any, images: int) -> dict[int, tuple[int, int]]:
+    """``Recording.broken`` of image, step and layer, image by image."""
+    _expect(values, isinstance(values, list), "broken", "a list")
+    rows = [_numbers(row, "broken", int) for row in values]
+    broken = {row[0]: row[1:] for row in rows if len(row) == 3 and row[0] < images}
+    _expect(values, len(broken) == len(rows), "broken", f"image, step and layer of some of {images} images")
+    return broken
 
 
 def _geometry(coverage: Any, size: Any, grid: list[int]) -> tuple[tuple[float, float], tuple[int, int]]:
