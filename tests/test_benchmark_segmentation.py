@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ import torch
 from benchmark_worker import Brightness, work
 from PIL import Image
 from test_benchmark_datasets import write_imagenet, write_voc
+from tiny_encoders import tiny_clip
+from tiny_models import ROWS, build
 
 from concept_attention.benchmarks.segmentation import cli, datasets, metrics, models
-from concept_attention.benchmarks.segmentation.methods import Query, available, loader
+from concept_attention.benchmarks.segmentation.methods import Query, available, loader, reference_sd3
 from concept_attention.benchmarks.segmentation.metrics import IGNORED
 from concept_attention.benchmarks.segmentation.models import Models, View
 from concept_attention.benchmarks.segmentation.report import Results, cases, report, summary
@@ -223,12 +226,187 @@ def test_concept_attention_finds_the_object_of_single_scenes(demo, tmp_path):
     assert results.scores(results.first, argmax=True).miou >= 0.75
 
 
-def test_every_method_gives_a_map_for_each_concept(demo):
+@pytest.mark.parametrize("name", available())
+def test_every_method_gives_a_map_for_each_concept(demo, name):
+    maps = loader(name)(stand_ins(name) if name in STAND_INS else demo)(query())
+    assert maps.shape == (4, 16, 16)
+    assert maps.isfinite().all()
+
+
+# The reference's recipes, with tiny random models
+
+
+class MixingVAE:
+    """Makes fixed mixtures of the colours of squares of pixels."""
+
+    def __init__(self, channels: int, pixels: int, latent_dim: int) -> None:
+        self.latent_dim, self._pixels = latent_dim, pixels
+        self._mixture = torch.randn(channels, 3, generator=torch.Generator().manual_seed(4))
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        squares = torch.nn.functional.avg_pool2d(images.movedim(-1, 1), self._pixels)
+        latent = torch.einsum("cd,bdhw->bchw", self._mixture, 2 * squares - 1)
+        return latent if self.latent_dim == 2 else latent.unsqueeze(2)
+
+
+STAND_INS = {
+    "reference-sd3": ("sd35_medium", "sd3", 4096, MixingVAE(16, 8, 2)),
+    "reference-cogvideox": ("cogvideox", "cogvideox", 16, MixingVAE(16, 8, 3)),
+    "reference-flux2": ("flux2", "flux2-klein", 48, MixingVAE(128, 16, 2)),
+}
+WIDTHS = {
+    "reference-sd3": lambda width: {
+        "context_embedder_config": {
+            "target": "torch.nn.Linear",
+            "params": {"in_features": width, "out_features": 192},
+        },
+        "pos_embed_max_size": 16,
+        "num_patches": 256,
+    },
+    "reference-cogvideox": lambda width: {"text_embed_dim": width},
+    "reference-flux2": lambda width: {"context_in_dim": width},
+}
+
+
+@cache
+def stand_ins(method: str) -> Models:
+    """What the method is for: tiny, random, and taking 256 x 256 pixels."""
+    name, clip, width, vae = STAND_INS[method]
+    row = ROWS[name]
+    row = replace(row, width=width, unet={**row.unet, **WIDTHS[method](width)})
+    with torch.inference_mode():
+        return Models(build(row), tiny_clip(clip), vae, 256, {"models": name})
+
+
+@pytest.fixture
+def looks(monkeypatch) -> list:
+    """The arguments of each look at a picture, and what was recorded."""
+    made = []
+    observe = models.observe_image
+
+    def observed(*args, **options):
+        recording = observe(*args, **options)
+        made.append((args, options, recording))
+        return recording
+
+    monkeypatch.setattr(models, "observe_image", observed)
+    return made
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_recipe_is_for_one_family(demo, name):
+    with pytest.raises(ValueError, match="This method is for .*, and the model is Flux.1"):
+        loader(name)(demo)
+
+
+@torch.inference_mode()
+def test_sd3s_concepts_are_the_first_tokens_of_all_names_in_one_prompt(looks):
+    clip = tiny_clip("sd3")
+    asked = replace(query(), concepts=Concepts(("hot air balloon", "dragon"), ("sky",)))
+    assert loader("reference-sd3")(stand_ins("reference-sd3"))(asked).shape == (3, 16, 16)
+    ((_, what, *_), _, _) = looks[0]
+    concepts, tokens = what.concepts, what.tokens
+    prompt = clip.encode_from_tokens(clip.tokenize("hot air balloon dragon sky"))[0]
+    assert concepts.all == ("start token", "hot air balloon", "dragon", "sky")
+    assert torch.equal(tokens.pooled(), prompt[:4])
+
+
+@torch.inference_mode()
+def test_sd3s_vectors_of_all_looks_make_one_map(monkeypatch):
+    given = []
+
+    def heatmaps(calls) -> torch.Tensor:
+        given.append(calls)
+        return reference_sd3.scores(calls[0][0])
+
+    monkeypatch.setattr(reference_sd3, "heatmaps", heatmaps)
+    method = partial(loader("reference-sd3"), stand_ins("reference-sd3"))
     asked = query()
-    for name in available():
-        maps = loader(name)(demo)(asked)
-        assert maps.shape == (4, 16, 16), name
-        assert maps.isfinite().all(), name
+    method(samples=2)(asked)
+    method()(replace(asked, seed=asked.seed + 1))
+    both, second = given
+    assert [len(layers) for layers in both] == [3, 3]
+    assert torch.equal(both[1][2].concepts, second[0][2].concepts)
+    assert not torch.equal(both[0][2].concepts, both[1][2].concepts)
+    assert both[0][0].concepts.shape == (1, 5, 192)
+    assert both[0][0].picture.shape == (1, 256, 192)
+
+
+@torch.inference_mode()
+def test_cogvideoxs_padding_takes_its_share_of_every_map(looks):
+    maps = loader("reference-cogvideox")(stand_ins("reference-cogvideox"))(query())
+    ((_, what, *_), _, recording) = looks[0]
+    concepts, tokens = what.concepts, what.tokens
+    assert len(concepts.all) == len(tokens.sequences) == 226
+    assert not tokens.pooled()[4:].any()
+    scores = recording.scores["output"][0]
+    assert torch.equal(scores[:, :, 4], scores[:, :, 225])
+    assert torch.allclose(maps, scores.softmax(2).mean(0)[0, :4])
+    assert (maps.sum(0) < 0.9).all()
+
+
+@torch.inference_mode()
+def test_cogvideoxs_concepts_are_encoded_in_texts_of_16_tokens(looks):
+    clip = tiny_clip("cogvideox").clone()
+    loader("reference-cogvideox")(stand_ins("reference-cogvideox"))(query())
+    clip.set_tokenizer_option("t5xxl_min_length", 16)
+    first = clip.encode_from_tokens(clip.tokenize("background"))[0]
+    assert len(first) == 16
+    assert torch.equal(looks[0][0][1].tokens.pooled()[1], first[0])
+    assert not tiny_clip("cogvideox").tokenizer_options
+
+
+@torch.inference_mode()
+def test_flux2_looks_at_the_last_steps_but_one_and_softens_the_mean_of_its_scores(looks):
+    method = partial(loader("reference-flux2"), stand_ins("reference-flux2"))
+    maps = method()(query())
+    (_, _, recording) = looks[0]
+    assert recording.steps == tuple(range(8))
+    assert recording.sigmas == stand_ins("reference-flux2").levels(range(19, 27), 28)
+    assert recording.layers == (0, 1, 2)
+    mean = torch.stack(recording.scores["output"]).mean((0, 1))[0]
+    assert (mean.softmax(0) - 1 / 4).abs().max() > 0.1
+    assert torch.allclose(1000 * (maps / maps[0]).log(), mean - mean[0], atol=1e-3)
+    assert not torch.equal(method(guidance=0.0)(query()), maps)
+    assert looks[1][0][3][0][1]["guidance"] == 0.0
+    method(level=0.5)(query())
+    assert looks[2][2].sigmas == (0.5,)
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_the_command_runs_a_recipe(name, tmp_path, monkeypatch, capsys):
+    files = [tmp_path / f"{part}.safetensors" for part in ("unet", "clip", "vae")]
+    given = []
+
+    def loaded(*args) -> Models:
+        given.append(args)
+        return stand_ins(name)
+
+    monkeypatch.setattr(Models, "files", loaded)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    command = ["run", "--limit", "2", "--method", name, "--out", str(tmp_path / "out"), "--level", "0.4"]
+    command += ["--models", "files", "--clip-type", "sd3", "--size", "256"]
+    for part, file in zip(("--unet", "--clip", "--vae"), files, strict=True):
+        command += [part, str(file)]
+    cli.main(command)
+    assert given == [(files[0], [files[1]], "sd3", files[2], 256)]
+    assert re.search(r"scenes: 2 images, accuracy \d+\.\d\d, mIoU \d+\.\d\d", capsys.readouterr().out)
+    (folder,) = (tmp_path / "out").iterdir()
+    (method,) = Store.open(folder).settings["methods"].values()
+    assert (method["method"], method["level"]) == (name, 0.4)
+    assert "The reference's" in (folder / "report.md").read_text()
+
+
+def test_a_choice_that_a_recipe_leaves_open_to_none_is_refused():
+    with pytest.raises(ValueError, match="reference-sd3 leaves no choice of refine, only of: level, samples"):
+        single(stand_ins("reference-sd3"), "reference-sd3", {"refine": True, "level": 0.5})
+
+
+def test_a_clip_type_that_comfyui_does_not_know_is_refused(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    file.touch()
+    with pytest.raises(ValueError, match='no CLIP type "sd4".*sd3'):
+        Models.files(file, [file], "sd4", file)
 
 
 def test_the_three_methods_differ_in_space_only(demo):
@@ -459,7 +637,7 @@ def test_a_report_of_no_results_is_refused(tmp_path):
         (["run", "--data", "voc"], "--data voc needs --path"),
         (["run", "--data", "imagenet", "--path", "x"], "needs --names.*n02084071"),
         (["run", "--data", "voc", "--path", "nowhere"], "VOCtrainval"),
-        (["run", "--models", "flux"], "--unet, --clip, --vae"),
+        (["run", "--models", "files"], "--unet, --clip, --vae"),
         (["report", "nowhere"], "holds no run"),
     ],
 )

@@ -5,24 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import comfy.samplers
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import KSAMPLER, CFGGuider
-from einops import rearrange
 from tiny_models import model_config
 from torch import Tensor
-from torch.nn import functional as F
 
+from concept_attention.benchmarks.segmentation.methods import (
+    reference_cogvideox,
+    reference_flux2,
+    reference_sd3,
+)
 from concept_attention.core.concepts import Concepts, ConceptTokens
-from concept_attention.core.observing import observe as observe_module
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import WhatToRecord, observe
-from concept_attention.core.observing.readers.blocks import BlockReading
 from concept_attention.core.observing.recording import Recording
-from concept_attention.core.reading.maps import heatmaps
 from golden_files import Golden, golden_files, relative
 
 TOLERANCE = 1e-5
@@ -35,19 +36,17 @@ class Run:
     """A sampling run.
 
     Attributes:
-        vectors, streams: o_c and the concepts after the block, (B, K, D), of each call of the model and
-            layer. The last block of Stable Diffusion 3 has no stream.
+        vectors: o_c, beside the o_x of Stable Diffusion 3's recipe, of each call of the model and layer.
+        streams: the concepts after the block (B, K, D). The last of Stable Diffusion 3's gives none.
         velocities: what each call of the model gave.
         samples: what the sampler gave.
     """
 
     recording: Recording
-    vectors: list[list[Tensor]]
+    vectors: list[list[reference_sd3.Vectors]]
     streams: list[list[Tensor | None]]
     velocities: list[Tensor]
     samples: Tensor
-    second: list[list[Tensor]]
-    """What the picture makes of itself and the concepts (B, N, D), of each call of the model and layer."""
 
     def scores(self, step: int, layer: int, space: str = "output") -> Tensor:
         """(B, K, N): of every image or video, over all its tokens."""
@@ -66,23 +65,16 @@ def run(
 ) -> Run:
     """Looks at the noisy ``latents`` with the model, one per noise level of the schedule ``sigmas``; or
     samples with a ``sampler`` from the first of them."""
-    vectors, streams, second, velocities = [], [], [], []
+    vectors, streams, velocities = [], [], []
 
-    class Reading(BlockReading):
+    class Reading(reference_sd3.VectorReading):
         def __init__(self, *args) -> None:
-            vectors.append([])
             streams.append([])
-            second.append([])
-            super().__init__(*args)
+            super().__init__(vectors, *args)
 
-        def _record(self, concepts, seen, picture, out) -> None:
-            vectors[-1].append(concepts.out)
+        def _record(self, *args) -> None:
             streams[-1].append(self._hidden)
-            q, k, v = (x[:, :, picture] for x in (seen.q, seen.k, seen.v))
-            keys, values = torch.cat((k, concepts.k), 2), torch.cat((v, concepts.v), 2)
-            attended = F.scaled_dot_product_attention(q, keys, values, scale=seen.scale)
-            second[-1].append(rearrange(attended, "b h n d -> b n (h d)"))
-            super()._record(concepts, seen, picture, out)
+            super()._record(*args)
 
     def look(model, noise, sigmas, extra_args, callback, disable):
         for latent, sigma in zip(latents, sigmas, strict=False):
@@ -94,15 +86,15 @@ def run(
     hook = model.model.diffusion_model.register_forward_hook(
         lambda module, args, out: velocities.append(out.clone())
     )
-    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(observe_module, "reading_of", lambda family: Reading)
-        guider = CFGGuider(observe(model, WhatToRecord(concepts, tokens, **options)))
+    what = WhatToRecord(concepts, tokens, reader=Reading, **options)
+    with torch.inference_mode():
+        guider = CFGGuider(observe(model, what))
         guider.inner_set_conds({"positive": positive})
         samples = guider.sample(
             noise, torch.zeros_like(noise), sampler or KSAMPLER(look), sigmas, disable_pbar=True, seed=0
         )
     hook.remove()
-    return Run(recording_of({"samples": samples}), vectors, streams, velocities, samples, second)
+    return Run(recording_of({"samples": samples}), vectors, streams, velocities, samples)
 
 
 def euler() -> KSAMPLER:
@@ -133,7 +125,7 @@ def agrees(
     assert f"{prefix}.layer{len(run.vectors[call])}.output_concept_vectors" not in golden
     for layer, (vectors, stream) in enumerate(zip(run.vectors[call], run.streams[call], strict=True)):
         name = f"{prefix}.layer{layer}"
-        compare(golden, f"{name}.output_concept_vectors", vectors[rows, :concepts], tolerance, rows)
+        compare(golden, f"{name}.output_concept_vectors", vectors.concepts[rows, :concepts], tolerance, rows)
         assert (stream is None) == (f"{name}.concept_stream" not in golden)
         if stream is not None:
             compare(golden, f"{name}.concept_stream", stream[rows, :concepts], TOLERANCE, rows)
@@ -209,23 +201,15 @@ def test_flux2_scores_of_every_step_and_layer(flux2, flux2_run):
             compare(flux2, name, flux2_run.scores(step, layer), FLUX2_VECTORS)
 
 
-@pytest.mark.parametrize(
-    "softmax,temperature,kind", [(False, 1.0, "raw"), (True, 1.0, "softmax"), (True, 1000.0, "softmax1000")]
-)
-def test_flux2_heatmaps_of_all_and_of_chosen_layers_and_steps(flux2, flux2_run, softmax, temperature, kind):
+def test_flux2_heatmaps_of_all_and_of_chosen_layers_and_steps(flux2, flux2_run):
     for subset, layers, chosen in choices(flux2):
-        maps = heatmaps(
-            flux2_run.recording,
-            layers=layers,
-            steps=chosen,
-            softmax=softmax,
-            temperature=temperature,
-            average="before softmax",
-        )
-        name = f"expected.heatmaps.output.{subset}{kind}"
-        compare(flux2, name, maps, FLUX2_VECTORS)
-        if softmax:
-            assert (maps - flux2[name]).abs().max() <= MAPS
+        recipe = partial(reference_flux2.heatmaps, flux2_run.recording, layers=layers, steps=chosen)
+        maps = {"raw": recipe(1.0, softmax=False), "softmax": recipe(1.0), "softmax1000": recipe()}
+        for kind, of_kind in maps.items():
+            name = f"expected.heatmaps.output.{subset}{kind}"
+            compare(flux2, name, of_kind, FLUX2_VECTORS)
+            if kind != "raw":
+                assert (of_kind - flux2[name]).abs().max() <= MAPS
 
 
 def test_flux2_two_images_with_prompts_of_their_own(flux2):
@@ -278,26 +262,17 @@ def test_sd3_concepts_in_every_step_and_layer(sd3, sd3_run):
         agrees(sd3, sd3_run, f"expected.step{step}", call=step)
 
 
-def test_sd3_scores_differ_from_the_references_by_its_second_attention_and_unit_vectors(sd3, sd3_run):
-    def scores(concepts: Tensor, picture: Tensor) -> Tensor:
-        unit = concepts / (concepts.norm(dim=-1, keepdim=True) + 1e-8)
-        return torch.einsum("bkd,bnd->bkn", unit, picture)[:, 1:]  # without the start token
-
+def test_sd3_scores_and_heatmaps_by_the_references_recipe(sd3, sd3_run):
     for step in steps(sd3):
-        for layer, both in enumerate(zip(sd3_run.vectors[step], sd3_run.second[step], strict=True)):
+        for layer, vectors in enumerate(sd3_run.vectors[step]):
             name = f"expected.step{step}.layer{layer}.concept_scores"
-            compare(sd3, name, scores(*both), TOLERANCE)
+            compare(sd3, name, reference_sd3.scores(vectors), TOLERANCE)
     for subset, layers, chosen in choices(sd3):
-        maps = []
-        for layer in layers:  # the reference averages vectors over steps, and maps over layers
-            vectors, pictures = (
-                torch.stack([each[step][layer] for step in chosen]).mean(0)
-                for each in (sd3_run.vectors, sd3_run.second)
-            )
-            maps.append(scores(vectors, pictures).unflatten(-1, sd3.number("token_hw")))
-        raw = torch.stack(maps)
-        compare(sd3, f"expected.heatmaps.output.{subset}raw", raw.mean(0), TOLERANCE)
-        compare(sd3, f"expected.heatmaps.output.{subset}softmax", raw.softmax(2).mean(0), TOLERANCE)
+        calls = [[sd3_run.vectors[step][layer] for layer in layers] for step in chosen]
+        for kind in ("raw", "softmax"):
+            name = f"expected.heatmaps.output.{subset}{kind}"
+            maps = reference_sd3.heatmaps(calls, softmax=kind == "softmax")
+            compare(sd3, name, maps.unflatten(-1, sd3.number("token_hw")), TOLERANCE)
 
 
 def test_sd3_two_images_with_prompts_of_their_own(sd3):
@@ -316,19 +291,16 @@ def test_sd3_two_images_with_prompts_of_their_own(sd3):
 def cogvideox_run(
     golden: Golden, times: Tensor, context: Tensor, latents: Sequence[Tensor], padded: bool
 ) -> Run:
-    """One look per time of the schedule. The reference fills its concepts up with rows of zeros, which are
-    concepts to ours."""
+    """One look per time of the schedule."""
     tokens = golden["inputs.concepts"][0]
-    if padded:
-        rows = golden.number("padded_to") - len(tokens)
-        tokens = torch.cat((tokens, tokens.new_zeros(rows, tokens.shape[1])))
+    tokens = reference_cogvideox.padded(tokens) if padded else ConceptTokens.single(tokens)
     model_config("CogVideoX_T2V")  # skips where there is none
     model = golden.model()
     # ComfyUI multiplies positions by 1.875 where diffusers does not.
     model.model.diffusion_model.spatial_interpolation_scale = 1.0
     sigmas = model.get_model_object("model_sampling").sigma(times)
     sigmas = torch.cat((sigmas, sigmas.new_zeros(1)))
-    return run(model, ConceptTokens.single(tokens), [[context, {}]], sigmas, latents)
+    return run(model, tokens, [[context, {}]], sigmas, latents)
 
 
 @pytest.fixture(scope="module", params=["padded", "alone"])
@@ -380,9 +352,10 @@ def test_cogvideox_heatmaps_of_all_and_of_chosen_layers_and_steps(cogvideox, loo
         name = f"expected.heatmaps.output.{subset}{'softmax' if padded else 'nopad_softmax'}"
         if subset and name not in cogvideox:
             continue
-        maps = heatmaps(looks.recording, layers=layers, steps=chosen)
+        count = cogvideox.number("num_concepts")
+        maps = reference_cogvideox.heatmaps(looks.recording, count, layers=layers, steps=chosen)
         of_videos = maps.unflatten(0, (2, -1)).movedim(1, 2)
-        compare(cogvideox, name, of_videos[1:, : cogvideox.number("num_concepts")], TOLERANCE)
+        compare(cogvideox, name, of_videos[1:], TOLERANCE)
 
 
 def test_cogvideox_two_videos_with_prompts_of_their_own(cogvideox):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,22 @@ SCENE_KINDS = {
 }
 DATA = (*SCENE_KINDS, "imagenet", "voc", "voc-multi", "folder")
 SCENES = 200
+CHOICES = (
+    "layers",
+    "level",
+    "samples",
+    "guidance",
+    "temperature",
+    "softmax",
+    "pooling",
+    "attend_image",
+    "attend_concepts",
+    "captioned",
+    "grounding",
+    "bilinear",
+    "refine",
+)
+"""Of a method, as the command line names them."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,29 +77,49 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="I/N", help="this worker's part of the images"
     )
-    work.add_argument("--models", choices=("demo", "flux"), default="demo", help="(%(default)s)")
-    work.add_argument("--unet", type=Path, help="flux: the diffusion model's file")
-    work.add_argument("--clip", type=Path, nargs="+", help="flux: the files of CLIP-L and T5")
-    work.add_argument("--vae", type=Path, help="flux: the VAE's file")
+    work.add_argument("--models", choices=("demo", "files"), default="demo", help="(%(default)s)")
+    work.add_argument("--unet", type=Path, help="files: the diffusion model's")
+    work.add_argument("--clip", type=Path, nargs="+", help="files: those of the text encoders")
     work.add_argument(
-        "--size", type=int, default=1024, help="flux: side in pixels of what it sees (%(default)s)"
+        "--clip-type", default="flux", help='files: as in CLIPLoader, "sd3" or "cogvideox" (%(default)s)'
+    )
+    work.add_argument("--vae", type=Path, help="files: the VAE's")
+    work.add_argument(
+        "--size", type=int, default=1024, help="files: side in pixels of what the model sees (%(default)s)"
     )
 
     one = commands.add_parser("run", parents=[work], help="run one method")
     one.add_argument("--method", choices=available(), default="concept-attention", help="(%(default)s)")
-    one.add_argument("--layers", default="default", help='"default", "all", "last 10", or as in "0, 15-18"')
-    one.add_argument("--level", type=float, default=0.5, help="noise level, 0 to 1 (%(default)s)")
-    one.add_argument("--samples", type=int, default=1, help="of noise (%(default)s)")
-    one.add_argument("--temperature", type=float, default=1.0, help="of the softmax (%(default)s)")
-    one.add_argument("--no-softmax", action="store_true")
-    one.add_argument("--first-token", action="store_true", help="not the mean of a concept's tokens")
-    one.add_argument("--no-cross", action="store_true", help="concepts do not attend to the image")
-    one.add_argument("--no-self", action="store_true", help="concepts do not attend to each other")
-    one.add_argument("--no-caption", action="store_true", help="the model sees an empty prompt")
-    one.add_argument("--grounding", choices=GROUNDINGS, default=GROUNDINGS[0], help="(%(default)s)")
+    # A method has defaults of its own.
+    choice = partial(one.add_argument, default=argparse.SUPPRESS)
+    choice("--layers", help='"default", "all", "last 10", or as in "0, 15-18"')
+    choice("--level", type=float, help="noise level, 0 to 1 (0.5)")
+    choice("--samples", type=int, help="of noise (1)")
+    choice("--guidance", type=float, help="that the model is given (its own default)")
+    choice("--temperature", type=float, help="of the softmax (1)")
+    choice("--no-softmax", dest="softmax", action="store_false")
+    choice(
+        "--first-token",
+        dest="pooling",
+        action="store_const",
+        const="first token",
+        help="not the mean of a concept's tokens",
+    )
+    choice(
+        "--no-cross", dest="attend_image", action="store_false", help="concepts do not attend to the image"
+    )
+    choice(
+        "--no-self",
+        dest="attend_concepts",
+        action="store_false",
+        help="concepts do not attend to each other",
+    )
+    choice("--no-caption", dest="captioned", action="store_false", help="the model sees an empty prompt")
+    choice("--grounding", choices=GROUNDINGS, help=f"({GROUNDINGS[0]})")
     enlarging = one.add_mutually_exclusive_group()
-    enlarging.add_argument("--bilinear", action="store_true", help="enlarge maps smoothly")
-    enlarging.add_argument("--refine", action="store_true", help="refine maps by the picture's edges")
+    choice = partial(enlarging.add_argument, action="store_true", default=argparse.SUPPRESS)
+    choice("--bilinear", help="enlarge maps smoothly")
+    choice("--refine", help="refine maps by the picture's edges")
     one.set_defaults(command=_run)
 
     many = commands.add_parser(
@@ -107,20 +144,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _run(args: argparse.Namespace) -> None:
-    choices = {
-        "layers": args.layers,
-        "level": args.level,
-        "samples": args.samples,
-        "temperature": args.temperature,
-        "softmax": not args.no_softmax,
-        "pooling": "first token" if args.first_token else "mean of tokens",
-        "attend_image": not args.no_cross,
-        "attend_concepts": not args.no_self,
-        "captioned": not args.no_caption,
-        "bilinear": args.bilinear,
-        "refine": args.refine,
-        "grounding": args.grounding,
-    }
+    choices = {name: value for name, value in vars(args).items() if name in CHOICES}
     _work(args, lambda models, _: single(models, args.method, choices))
 
 
@@ -138,7 +162,7 @@ def _work(args: argparse.Namespace, groups) -> None:
     from .models import Models
 
     with torch.inference_mode():
-        models = Models.demo() if args.models == "demo" else _flux(args)
+        models = Models.demo() if args.models == "demo" else _files(args)
         chosen: list[Group] = groups(models, dataset)
         limit = args.limit or (SCENES if args.data.startswith("scenes") else None)
         about = {"torch": torch.__version__, "ComfyUI": _comfyui_version()}
@@ -169,13 +193,13 @@ def _start_comfyui() -> None:
     sys.argv = given
 
 
-def _flux(args: argparse.Namespace):
+def _files(args: argparse.Namespace):
     from .models import Models
 
     missing = [f"--{name}" for name in ("unet", "clip", "vae") if not getattr(args, name)]
     if missing:
-        raise ValueError(f"--models flux needs the files of the models: {', '.join(missing)}.")
-    return Models.flux(args.unet, args.clip, args.vae, args.size)
+        raise ValueError(f"--models files needs the files of the models: {', '.join(missing)}.")
+    return Models.files(args.unet, args.clip, args.clip_type, args.vae, args.size)
 
 
 def _comfyui_version() -> str:

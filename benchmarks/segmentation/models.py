@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...core.architectures import family_of
 from ...core.concepts import Concepts, ConceptTokens, encode_concepts
-from ...core.observing.image import observe_image
+from ...core.observing.image import encode_images, observe_image, patch_pixels, step_levels
 from ...core.observing.observe import WhatToRecord
 from ...core.observing.recording import Recording
 
@@ -35,6 +35,7 @@ class View:
         pooled_prompt: whether the image's own stream is given the prompt's pooled vector, or zeros.
         attend_image, attend_concepts: keys of the concepts' attention.
         level: the noise level, 0..1.
+        guidance: the value that the model is given; its own default if None.
     """
 
     concepts: Concepts
@@ -44,6 +45,7 @@ class View:
     attend_image: bool
     attend_concepts: bool
     level: float
+    guidance: float | None = None
 
 
 class Models:
@@ -60,7 +62,7 @@ class Models:
         self._spaces: set[str] = set()
         self._seen: tuple[Query | None, dict[tuple[View, int], Recording]] = (None, {})
         self._latent: tuple[np.ndarray | None, Tensor | None] = (None, None)
-        self._token = lru_cache(4096)(self._encode_concept)
+        self._token = lru_cache(4096)(lambda name, pooling: self.encode((name,), pooling))
         self._conditioning = lru_cache(64)(self._encode_prompt)
 
     @classmethod
@@ -81,8 +83,18 @@ class Models:
         )
 
     @classmethod
-    def flux(cls, unet: Path, text_encoders: Sequence[Path], vae: Path, size: int = 1024) -> Models:
-        """A Flux model, its CLIP-L and T5, and its VAE, from files that ComfyUI's loaders read."""
+    def files(
+        cls, unet: Path, text_encoders: Sequence[Path], clip_type: str, vae: Path, size: int = 1024
+    ) -> Models:
+        """A diffusion model, its text encoders and its VAE, from files that ComfyUI's loaders read.
+
+        Args:
+            clip_type: as in CLIPLoader, "flux" or "sd3".
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: ComfyUI knows no such type.
+        """
         import comfy.sd
         import comfy.utils
 
@@ -90,22 +102,41 @@ class Models:
         for name, file in files.items():
             if not file.is_file():
                 raise FileNotFoundError(f'There is no file "{file}" for the {name}.')
+        types = {kind.name.lower(): kind for kind in comfy.sd.CLIPType}
+        if clip_type not in types:
+            raise ValueError(f'There is no CLIP type "{clip_type}". The types are: {", ".join(types)}.')
         return cls(
             comfy.sd.load_diffusion_model(str(unet)),
-            comfy.sd.load_clip([str(f) for f in text_encoders], clip_type=comfy.sd.CLIPType.FLUX),
+            comfy.sd.load_clip([str(f) for f in text_encoders], clip_type=types[clip_type]),
             comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))),
             size,
-            {"models": unet.name, **{name: fingerprint(file) for name, file in files.items()}},
+            {
+                "models": unet.name,
+                "clip type": clip_type,
+                **{name: fingerprint(file) for name, file in files.items()},
+            },
         )
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """The numbers of the model's main layers: Flux.1's double-stream blocks."""
+        """The numbers of the model's main layers, as Flux.1's double-stream blocks."""
         return tuple(self._family.main_layers(self._diffusion_model))
 
     @cached_property
     def default_layers(self) -> tuple[int, ...]:
         return self._family.default_layers(self._diffusion_model)
+
+    def expect_family(self, name: str) -> None:
+        """
+        Raises:
+            ValueError: the model is of another family.
+        """
+        if self._family.name != name:
+            raise ValueError(f"This method is for {name}, and the model is {self._family.name}.")
+
+    def levels(self, steps: Sequence[int], of: int) -> tuple[float, ...]:
+        """The noise levels at which ``steps`` of the model's schedule of ``of`` steps start."""
+        return step_levels(self._model, ", ".join(map(str, steps)), of)
 
     @property
     def _diffusion_model(self):
@@ -140,8 +171,6 @@ class Models:
 
     def _record(self, query: Query, view: View, sample: int) -> Recording:
         """One sample at a time, so that scores do not depend on what else was in the batch."""
-        if self._latent[0] is not query.picture:
-            self._latent = (query.picture, self._encode_picture(query.picture))
         what = WhatToRecord(
             view.concepts,
             ConceptTokens.together([self._token(name, view.pooling) for name in view.concepts.all]),
@@ -150,26 +179,63 @@ class Models:
             attend_image=view.attend_image,
             attend_concepts=view.attend_concepts,
         )
+        return self.look(
+            query, what, view.prompt, (view.level,), sample, view.guidance, pooled_prompt=view.pooled_prompt
+        )
+
+    def look(
+        self,
+        query: Query,
+        what: WhatToRecord,
+        prompt: str,
+        levels: Sequence[float],
+        sample: int = 0,
+        guidance: float | None = None,
+        *,
+        pooled_prompt: bool = True,
+    ) -> Recording:
+        """What the model sees in the picture, with one sample of noise.
+
+        Args:
+            sample: its number.
+            guidance, pooled_prompt: see ``View``.
+        """
+        if self._latent[0] is not query.picture:
+            self._latent = (query.picture, self._encode_picture(query.picture))
+        conditioning = self._conditioning(prompt)
+        if guidance is not None:
+            conditioning = [[context, {**values, "guidance": guidance}] for context, values in conditioning]
         return observe_image(
             self._model,
             what,
             self._latent[1],
-            self._conditioning(view.prompt),
+            conditioning,
             image_size=(self._size, self._size),
-            levels=(view.level,),
+            levels=levels,
             seed=query.seed + sample,
-            pooled_prompt=view.pooled_prompt,
+            pooled_prompt=pooled_prompt,
         )
+
+    def encode(self, names: tuple[str, ...], pooling: str, **options: int) -> ConceptTokens:
+        """The tokens of names, see ``core.concepts.encode_concepts``.
+
+        Args:
+            options: of ComfyUI's tokenizers.
+        """
+        clip = self._clip
+        if options:
+            clip = clip.clone()
+            for name, value in options.items():
+                clip.set_tokenizer_option(name, value)
+        width = self._family.token_width(self._diffusion_model)
+        return encode_concepts(clip, names, pooling, self._family, width)
 
     def _encode_picture(self, picture: np.ndarray) -> Tensor:
         image = Image.fromarray(picture)
         if image.size != (self._size, self._size):
             image = image.resize((self._size, self._size), Image.Resampling.BICUBIC)
-        return self._vae.encode(torch.from_numpy(np.array(image)).float()[None] / 255)
-
-    def _encode_concept(self, name: str, pooling: str) -> ConceptTokens:
-        width = self._family.token_width(self._diffusion_model)
-        return encode_concepts(self._clip, (name,), pooling, self._family, width)
+        pixels = torch.from_numpy(np.array(image)).float()[None] / 255
+        return encode_images(self._vae, pixels, patch_pixels(self._model))
 
     def _encode_prompt(self, prompt: str):
         return self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))

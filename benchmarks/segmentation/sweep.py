@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .methods import Method, loader
+from .methods import Method, load, loader
 
 if TYPE_CHECKING:
     from .models import Models
@@ -34,13 +34,16 @@ class Group:
 
 
 def single(models: Models, method: str, choices: Mapping) -> list[Group]:
-    return [Group("methods", "Result", {LABELS.get(method, method): loader(method)(models, **choices)})]
+    return [Group("methods", "Result", {LABELS.get(method, method): load(method, models, choices)})]
 
 
 LABELS = {
     "concept-attention": "ConceptAttention",
     "cross-attention": "Flux cross-attention",
     "value": "Value space",
+    "reference-cogvideox": "The reference's CogVideoX",
+    "reference-flux2": "The reference's Flux.2",
+    "reference-sd3": "The reference's Stable Diffusion 3",
 }
 
 

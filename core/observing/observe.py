@@ -54,6 +54,7 @@ class WhatToRecord:
         attend_image, attend_concepts: see ``Look``.
         every: evaluations of the model from one that is recorded to the next. The first always is.
         budget: bytes that one recording may take before it keeps the default layers only.
+        reader: makes the ``Reading`` of each call instead of ``reading_of`` the family, with the same spaces.
     """
 
     concepts: Concepts
@@ -64,6 +65,7 @@ class WhatToRecord:
     attend_concepts: bool = True
     every: int = 1
     budget: int = BUDGET
+    reader: Callable[..., Reading] | None = None
 
 
 def observe(
@@ -130,7 +132,7 @@ class _Observer:
         maps_only: bool,
     ) -> None:
         self.family = family
-        self._reading_of_a_call = reading_of(family)
+        self._reader = what.reader or reading_of(family)
         self.maps_only = maps_only
         self._what = what
         self._tokens = {torch.device("cpu"): what.tokens}
@@ -291,7 +293,7 @@ class _Observer:
         look = self._look(call.x.device, layers)
         rows = [chunk.rows for chunk in chunks]
         stop = self.maps_only and self.family.may_stop
-        return self._reading_of_a_call(self.family, model, call, look, rows, grid.size, guard, stop)
+        return self._reader(self.family, model, call, look, rows, grid.size, guard, stop)
 
     def _record(
         self,

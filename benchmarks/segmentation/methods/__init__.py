@@ -9,16 +9,20 @@ models. The file's name, with dashes, is the method's name.
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from ....core.concepts import Concepts
+
+if TYPE_CHECKING:
+    from ..models import Models
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,31 @@ def loader(name: str) -> Callable[..., Method]:
     if name not in available():
         raise ValueError(f'There is no method "{name}". The methods are: {", ".join(available())}.')
     return import_module(f"{__name__}.{name.replace('-', '_')}").load
+
+
+def load(name: str, models: Models, choices: Mapping) -> Method:
+    """A method by its name.
+
+    Raises:
+        ValueError: there is no such method, or it does not leave one of the choices open or the model is not
+            for it.
+    """
+    parameters = inspect.signature(loader(name)).parameters
+    open_to_choice = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    closed = [choice for choice in choices if choice not in open_to_choice]
+    if closed and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(
+            f"{name} leaves no choice of {', '.join(closed)}, only of: {', '.join(open_to_choice)}."
+        )
+    return loader(name)(models, **choices)
+
+
+def check(level: float, samples: int) -> None:
+    """
+    Raises:
+        ValueError: there is no such noise level or number of samples.
+    """
+    if not 0 < level <= 1:
+        raise ValueError(f"The noise level must be above 0 and at most 1, not {level}.")
+    if samples < 1:
+        raise ValueError(f"There must be at least one sample of noise, not {samples}.")

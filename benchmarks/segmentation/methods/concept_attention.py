@@ -14,7 +14,7 @@ from ....core.observing.recording import parse_layers
 from ....core.reading.maps import GROUNDINGS, concept_maps
 from ....core.reading.refine import refine
 from ..models import Models, View
-from . import Query
+from . import Query, check
 
 SMOOTH_SIZE = 224
 
@@ -28,7 +28,7 @@ class ConceptAttention:
         layers: "default", "all", "last N", or numbers as in "0, 15-18".
         level: the noise level, 0..1. The paper takes 0.5.
         samples: of noise; their maps are averaged.
-        pooling, pooled_prompt, attend_image, attend_concepts: see ``View``.
+        pooling, pooled_prompt, attend_image, attend_concepts, guidance: see ``View``.
         background: instead of the data set's background concepts.
         captioned: whether the model sees the caption, as in the reference, or an empty prompt.
         bilinear: maps are enlarged to 224 x 224 smoothly, before they are cut.
@@ -49,14 +49,12 @@ class ConceptAttention:
     background: tuple[str, ...] | None = None
     captioned: bool = True
     pooled_prompt: bool = True
+    guidance: float | None = None
     bilinear: bool = False
     refine: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.level <= 1:
-            raise ValueError(f"The noise level must be above 0 and at most 1, not {self.level}.")
-        if self.samples < 1:
-            raise ValueError(f"There must be at least one sample of noise, not {self.samples}.")
+        check(self.level, self.samples)
         if self.bilinear and self.refine:
             raise ValueError("Maps are enlarged either smoothly or by the picture's edges: choose one.")
         layers_of(self.layers, self.models.layers, self.models.default_layers)
@@ -79,6 +77,7 @@ class ConceptAttention:
             self.attend_image,
             self.attend_concepts,
             self.level,
+            self.guidance,
         )
         recording = self.models.recording(query, view, self.samples)
         layers = layers_of(self.layers, recording.layers, recording.default_layers)
