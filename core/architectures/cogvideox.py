@@ -13,6 +13,7 @@ class CogVideoX(JointFamily):
     model = "cogvideo.model.CogVideoXTransformer3DModel"
     encoders = ("t5xxl",)
     loader = 'CLIPLoader, type "cogvideox": T5'
+    frame_length = 4
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         return list(model.blocks)

@@ -32,6 +32,9 @@ class Family:
     """Whether the model may take a guidance value (FluxGuidance)."""
     may_stop: ClassVar[bool] = True
     """Whether a call of the model may be left after the last recorded block."""
+    frame_length: ClassVar[int] = 1
+    """How many frames of the video each frame of a latent stands for, but the first. ComfyUI's latent formats
+    say it from 0.21 on."""
     layered: ClassVar[bool] = False
     """Whether the frames of a latent are layers of one picture, and no times of a video."""
     sound: ClassVar[bool] = False
@@ -69,11 +72,11 @@ class Family:
         """The tokens of a latent (B, C, H, W) or (B, C, F, H, W)."""
         return self.patch(model).grid(x)
 
-    def durations(self, model: nn.Module, x: Tensor, scale: int) -> tuple[int, ...]:
+    def durations(self, model: nn.Module, x: Tensor) -> tuple[int, ...]:
         """How many frames of the video each frame of ``grid`` stands for. The first frame of a latent is the
-        video's first, each other ``scale`` frames (causal VAEs)."""
+        video's first, each other ``frame_length`` frames (causal VAEs)."""
         frames, patch = x.shape[2] if x.ndim == 5 else 1, self.patch(model).frames
-        durations = [1 if self.layered or frame == 0 else scale for frame in range(frames)]
+        durations = [1 if self.layered or frame == 0 else self.frame_length for frame in range(frames)]
         return tuple(sum(durations[start : start + patch]) for start in range(0, frames, patch))
 
 

@@ -20,6 +20,7 @@ class HunyuanVideo(FluxBlocks):
     loader = 'DualCLIPLoader, type "hunyuan_video", "hunyuan_video_15" or "hunyuan_image"'
     causal = True
     guidance = True
+    frame_length = 4
 
     def token_width(self, model: nn.Module) -> int:
         return model.params.context_in_dim

@@ -36,9 +36,9 @@ class Krea2(JointFamily):
             vec=call["vec"][: len(hidden)],  # the first half, where reference images are modulated at time 0
             freqs=picked(call["freqs"], 2, positions),
             mask=None,
-            timestep_zero_index=None,
             transformer_options=options,
         )
+        changed.pop("timestep_zero_index", None)  # None by default; unknown to blocks before ComfyUI 0.29
         return block.forward(**changed)
 
 

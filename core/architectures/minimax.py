@@ -17,6 +17,7 @@ class MiniMaxH3(JointFamily):
     loader = 'CLIPLoader, type "minimax": Qwen 3 VL 32B'
     causal = True
     may_stop = False  # the weights of the next blocks are on their way
+    frame_length = 4
     sound = True
     batched = False
 

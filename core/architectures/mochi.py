@@ -17,6 +17,7 @@ class Mochi(JointFamily):
     entry = "apply_model"
     encoders = ("t5xxl",)
     loader = 'CLIPLoader, type "mochi": T5'
+    frame_length = 6
     text_first = False
 
     def layers(self, model: nn.Module) -> list[nn.Module]:

@@ -195,8 +195,7 @@ class _Observer:
 
     def _recorder(self, guider: CFGGuider, noise: Tensor, sigmas: Tensor) -> Recorder:
         model = guider.model_patcher.get_model_object("diffusion_model")
-        latent_format = guider.model_patcher.get_model_object("latent_format")
-        pixels = latent_format.spacial_downscale_ratio
+        pixels = guider.model_patcher.get_model_object("latent_format").spacial_downscale_ratio
         height, width = noise.shape[-2:]
         patch, grid = self.family.patch(model), self.family.grid(model, noise)
         return Recorder(
@@ -208,7 +207,7 @@ class _Observer:
             grid,
             (height * pixels, width * pixels),
             (height / (grid.rows * patch.rows), width / (grid.columns * patch.columns)),
-            self.family.durations(model, noise, latent_format.temporal_downscale_ratio),
+            self.family.durations(model, noise),
             self._what.budget,
             self._what.every,
         )
