@@ -19,7 +19,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from tiny_models import ROWS, Row, concepts_of, sample, tiny
+from tiny_models import ROWS, Row, concepts_of, sample, skip_before, tiny
 from torch import Tensor, nn
 
 import nodes
@@ -103,6 +103,8 @@ REFERENCES = [
 @pytest.mark.parametrize("name,method", REFERENCES)
 def test_reference_images_are_not_part_of_the_maps(model, row, method):
     """A token's value in the first block is of itself alone, whatever stands beside it."""
+    if row.family == "Krea 2":
+        skip_before("0.29", "reference images of Krea 2")
     alone = replace(row, values={n: row.values[n] for n in row.values if n in ("guidance", "attention_mask")})
     g = torch.Generator().manual_seed(8)
     frames = (1,) * (len(row.latent) - 3)
