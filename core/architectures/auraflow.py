@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .family import BlockCall, JointFamily
@@ -12,6 +14,7 @@ class AuraFlow(JointFamily):
     model = "aura.mmdit.MMDiT"
     encoders = ("pile_t5xl",)
     loader = 'CLIPLoader, type "stable_diffusion": Pile T5 XL, or the checkpoint'
+    text_result = 0
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         return list(model.double_layers)
@@ -26,11 +29,8 @@ class AuraFlow(JointFamily):
         registers = call.model.register_tokens.shape[1]
         return call["c"][:, registers : registers + tokens]
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
-        changed = call.but(c=hidden, x=call["x"][:, :1].clone(), transformer_options=options)
-        return block.forward(**changed)[0]
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
+        return {"c": hidden, "x": call["x"][:, :1].clone()}
 
 
 FAMILIES = (AuraFlow(),)

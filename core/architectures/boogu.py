@@ -3,6 +3,8 @@ single stream."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .family import BlockCall, JointFamily, picked
@@ -30,18 +32,14 @@ class Boogu(JointFamily):
     def picture(self, call: BlockCall, length: int) -> slice:
         return slice(length - call.picture, length)
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
         text = self.text(call).shape[1]
-        changed = call.but(
-            img_hidden_states=call["img_hidden_states"][:, :1].clone(),
-            instruct_hidden_states=hidden,
-            joint_rotary_emb=picked(call["joint_rotary_emb"], 1, [*positions, text]),
-            img_rotary_emb=call["img_rotary_emb"][:, :1],
-            transformer_options=options,
-        )
-        return block.forward(**changed)[1]
+        return {
+            "img_hidden_states": call["img_hidden_states"][:, :1].clone(),
+            "instruct_hidden_states": hidden,
+            "joint_rotary_emb": picked(call["joint_rotary_emb"], 1, [*positions, text]),
+            "img_rotary_emb": call["img_rotary_emb"][:, :1],
+        }
 
 
 FAMILIES = (Boogu(),)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..geometry import Patch
@@ -31,17 +33,13 @@ class CogVideoX(JointFamily):
     def text(self, call: BlockCall) -> Tensor:
         return call["encoder_hidden_states"]
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
         rotary = call["image_rotary_emb"]
-        changed = call.but(
-            hidden_states=call["hidden_states"][:, :1].clone(),
-            encoder_hidden_states=hidden,
-            image_rotary_emb=None if rotary is None else tuple(table[:1] for table in rotary),
-            transformer_options=options,
-        )
-        return block.forward(**changed)[1]
+        return {
+            "hidden_states": call["hidden_states"][:, :1].clone(),
+            "encoder_hidden_states": hidden,
+            "image_rotary_emb": None if rotary is None else tuple(table[:1] for table in rotary),
+        }
 
 
 FAMILIES = (CogVideoX(),)

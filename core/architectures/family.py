@@ -92,10 +92,6 @@ class BlockCall(NamedTuple):
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
 
-    def but(self, **changed: Any) -> dict[str, Any]:
-        """The arguments with some of them changed."""
-        return {**self.arguments, **changed}
-
 
 # What is about the picture, or fits only the text that was given.
 _NOT_ALONE = (
@@ -119,6 +115,8 @@ class JointFamily(Family):
 
     text_first: ClassVar[bool] = True
     """Whether the text stands before the picture in the joint sequence."""
+    text_result: ClassVar[int] = 1
+    """Where in the results of a block the text stands, if the picture has one of its own."""
     batched: ClassVar[bool] = True
     """Whether a call of the model may have more than one row."""
 
@@ -135,17 +133,29 @@ class JointFamily(Family):
         """What of the joint sequence concepts attend to beside each other."""
         return self.picture(call, length)
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor | None:
-        """``block`` with the concepts ``hidden`` (B, K, D) as its text, beside one token of the picture (none
-        where text and picture share all weights): its text rows (B, K, D), or None if it gives none.
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
+        """What of a block's arguments is different when the concepts ``hidden`` (B, K, D) are its text,
+        beside one token of the picture (none where text and picture share all weights). Arguments that the
+        call does not have do not matter: ComfyUI's versions differ in them.
 
         Args:
             positions: for each concept, the row of the text whose position it takes.
-            options: the ``transformer_options`` to call it with.
         """
         raise NotImplementedError
+
+    def step(
+        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
+    ) -> Tensor | None:
+        """The concepts (B, K, D) after ``block``, or None if it gives no text.
+
+        Args:
+            hidden, positions: as in ``changes``.
+            options: the ``transformer_options`` to call it with.
+        """
+        changes = self.changes(call, hidden, positions)
+        arguments = {name: changes.get(name, value) for name, value in call.arguments.items()}
+        out = block.forward(**{**arguments, "transformer_options": options})
+        return out if isinstance(out, Tensor) else out[self.text_result]
 
     def embed(self, model: nn.Module, context: Tensor) -> Tensor | None:
         """What a text (R, T, C) becomes before the first block, if the model has a function for that. None:

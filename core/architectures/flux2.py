@@ -3,6 +3,8 @@ of text."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .family import BlockCall, JointFamily, picked
@@ -24,34 +26,26 @@ class FluxBlocks(JointFamily):
         text, _ = call["transformer_options"]["img_slice"]
         return call["x"][:, :text]
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
         if "txt" not in call.arguments:
-            return self._step_in_one_stream(block, call, hidden, positions, options)
+            dims = call.arguments.get("modulation_dims")
+            if dims is not None:
+                dims = [(i, i + 1, _modulation(dims, position)) for i, position in enumerate(positions)]
+            return {
+                "x": hidden,
+                "pe": picked(call["pe"], 2, positions),
+                "attn_mask": None,
+                "modulation_dims": dims,
+            }
         text = call["txt"].shape[1]
         dims = call.arguments.get("modulation_dims_img")
-        changed = call.but(
-            img=call["img"][:, :1].clone(),
-            txt=hidden,
-            pe=picked(call["pe"], 2, [*positions, text]),
-            attn_mask=None,
-            modulation_dims_img=None if dims is None else [(0, 1, 0)],
-            transformer_options=options,
-        )
-        return block.forward(**changed)[1]
-
-    def _step_in_one_stream(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
-        changed = call.but(
-            x=hidden, pe=picked(call["pe"], 2, positions), attn_mask=None, transformer_options=options
-        )
-        if call.arguments.get("modulation_dims") is not None:
-            changed["modulation_dims"] = [
-                (i, i + 1, _modulation(call["modulation_dims"], p)) for i, p in enumerate(positions)
-            ]
-        return block.forward(**changed)
+        return {
+            "img": call["img"][:, :1].clone(),
+            "txt": hidden,
+            "pe": picked(call["pe"], 2, [*positions, text]),
+            "attn_mask": None,
+            "modulation_dims_img": None if dims is None else [(0, 1, 0)],
+        }
 
 
 def _modulation(segments: list[tuple[int, int | None, int]], row: int) -> int:

@@ -3,6 +3,8 @@ every block."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .family import BlockCall, JointFamily, picked
@@ -37,16 +39,12 @@ class HiDream(JointFamily):
             )
         return slice(0, call.picture)
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
-        changed = call.but(
-            image_tokens=call["image_tokens"][:, :1].clone(),
-            text_tokens=hidden,
-            rope=picked(call["rope"], 1, [0, *(call.picture + p for p in positions)]),
-            transformer_options=options,
-        )
-        return block.forward(**changed)[1]
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
+        return {
+            "image_tokens": call["image_tokens"][:, :1].clone(),
+            "text_tokens": hidden,
+            "rope": picked(call["rope"], 1, [0, *(call.picture + p for p in positions)]),
+        }
 
 
 FAMILIES = (HiDream(),)

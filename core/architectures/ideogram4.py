@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..geometry import Patch
@@ -28,18 +30,13 @@ class Ideogram4(JointFamily):
     def text(self, call: BlockCall) -> Tensor:
         return call["x"][:, : call.text]
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
         table = call["freqs_cis"]  # (1, L, ...); before ComfyUI 0.29 one of cosines and two of sines
-        apart = isinstance(table, tuple)
-        changed = call.but(
-            x=hidden,
-            freqs_cis=tuple(picked(t, 1, positions) for t in table) if apart else picked(table, 1, positions),
-            attn_mask=None,
-            transformer_options=options,
-        )
-        return block.forward(**changed)
+        if isinstance(table, tuple):
+            table = tuple(picked(t, 1, positions) for t in table)
+        else:
+            table = picked(table, 1, positions)
+        return {"x": hidden, "freqs_cis": table, "attn_mask": None}
 
 
 FAMILIES = (Ideogram4(),)

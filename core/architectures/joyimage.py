@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .family import BlockCall, JointFamily
@@ -24,16 +26,12 @@ class JoyImage(JointFamily):
     def text(self, call: BlockCall) -> Tensor:
         return call["encoder_hidden_states"]
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
-        changed = call.but(
-            hidden_states=call["hidden_states"][:, :1].clone(),
-            encoder_hidden_states=hidden,
-            image_rotary_emb=call["image_rotary_emb"][:, :1],
-            transformer_options=options,
-        )
-        return block.forward(**changed)[1]
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
+        return {
+            "hidden_states": call["hidden_states"][:, :1].clone(),
+            "encoder_hidden_states": hidden,
+            "image_rotary_emb": call["image_rotary_emb"][:, :1],
+        }
 
 
 FAMILIES = (JoyImage(),)

@@ -3,6 +3,8 @@ twelve layers of its encoder."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..geometry import Patch
@@ -28,18 +30,15 @@ class Krea2(JointFamily):
     def text(self, call: BlockCall) -> Tensor:
         return call["x"][:, : call.text]
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
-        changed = call.but(
-            x=hidden,
-            vec=call["vec"][: len(hidden)],  # the first half, where reference images are modulated at time 0
-            freqs=picked(call["freqs"], 2, positions),
-            mask=None,
-            transformer_options=options,
-        )
-        changed.pop("timestep_zero_index", None)  # None by default; unknown to blocks before ComfyUI 0.29
-        return block.forward(**changed)
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
+        return {
+            "x": hidden,
+            # The first half, where reference images are modulated at time 0.
+            "vec": call["vec"][: len(hidden)],
+            "freqs": picked(call["freqs"], 2, positions),
+            "mask": None,
+            "timestep_zero_index": None,
+        }
 
 
 FAMILIES = (Krea2(),)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..geometry import Patch
@@ -15,6 +17,7 @@ class Lens(JointFamily):
     loader = 'CLIPLoader, type "lens": GPT-OSS 20B'
     causal = True
     text_first = False
+    text_result = 0
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         return list(model.transformer_blocks)
@@ -29,18 +32,14 @@ class Lens(JointFamily):
     def text(self, call: BlockCall) -> Tensor:
         return call["encoder_hidden_states"]
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
         picture = call["hidden_states"].shape[1]
-        changed = call.but(
-            hidden_states=call["hidden_states"][:, :1].clone(),
-            encoder_hidden_states=hidden,
-            freqs_cis=picked(call["freqs_cis"], 2, [0, *(picture + p for p in positions)]),
-            attention_mask=None,
-            transformer_options=options,
-        )
-        return block.forward(**changed)[0]
+        return {
+            "hidden_states": call["hidden_states"][:, :1].clone(),
+            "encoder_hidden_states": hidden,
+            "freqs_cis": picked(call["freqs_cis"], 2, [0, *(picture + p for p in positions)]),
+            "attention_mask": None,
+        }
 
 
 FAMILIES = (Lens(),)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .family import BlockCall, JointFamily, picked
@@ -29,19 +31,15 @@ class NextDiT(JointFamily):
         """With what fills the picture up: the model's own text attends to it."""
         return slice(length - _filled(call.model, call.picture), length)
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
-        changed = call.but(
-            x=hidden,
-            x_mask=None,
-            freqs_cis=picked(call["freqs_cis"], 1, [_start(call) + position for position in positions]),
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
+        return {
+            "x": hidden,
+            "x_mask": None,
+            "freqs_cis": picked(call["freqs_cis"], 1, [_start(call) + position for position in positions]),
             # The second half, where reference images are modulated at time 0.
-            adaln_input=call["adaln_input"][-len(hidden) :],
-            timestep_zero_index=None,
-            transformer_options=options,
-        )
-        return block.forward(**changed)
+            "adaln_input": call["adaln_input"][-len(hidden) :],
+            "timestep_zero_index": None,
+        }
 
 
 def _start(call: BlockCall) -> int:

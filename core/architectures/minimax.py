@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .family import BlockCall, JointFamily, picked
@@ -37,18 +39,17 @@ class MiniMaxH3(JointFamily):
         """With conditions and sound: the model's own text attends to them."""
         return slice(call.text, length)
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
         # Of a text with pictures in it, these have the video's modulation.
         row = next(row for _, _, row in call["mod_segments"] if row % _MODALITIES == _TEXT)
-        changed = call.but(
-            x=hidden[0],
-            mod_segments=[(0, hidden.shape[1], row)],
-            rope_freqs=picked(call["rope_freqs"], 1, positions),
-            transformer_options=options,
-        )
-        return block.forward(**changed)[None]
+        return {
+            "x": hidden[0],
+            "mod_segments": [(0, hidden.shape[1], row)],
+            "rope_freqs": picked(call["rope_freqs"], 1, positions),
+        }
+
+    def step(self, *args) -> Tensor:
+        return super().step(*args)[None]
 
     def embed(self, model: nn.Module, context: Tensor) -> Tensor:
         """Left early, its forward pass would leave weights on their way, and allocations half recorded."""

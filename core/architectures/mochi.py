@@ -37,18 +37,14 @@ class Mochi(JointFamily):
     def text(self, call: BlockCall) -> Tensor:
         return call["y"]
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
-        changed = call.but(
-            x=call["x"][:, :1].clone(),
-            y=hidden,
-            rope_cos=call["rope_cos"][:1],
-            rope_sin=call["rope_sin"][:1],
-            crop_y=hidden.shape[1],
-            transformer_options=options,
-        )
-        return block.forward(**changed)[1]
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
+        return {
+            "x": call["x"][:, :1].clone(),
+            "y": hidden,
+            "rope_cos": call["rope_cos"][:1],
+            "rope_sin": call["rope_sin"][:1],
+            "crop_y": hidden.shape[1],
+        }
 
 
 FAMILIES = (Mochi(),)

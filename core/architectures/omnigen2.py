@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .family import BlockCall, JointFamily, picked
@@ -27,16 +29,12 @@ class OmniGen2(JointFamily):
     def picture(self, call: BlockCall, length: int) -> slice:
         return slice(length - call.picture, length)
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
-        changed = call.but(
-            hidden_states=hidden,
-            image_rotary_emb=picked(call["image_rotary_emb"], 1, positions),
-            attention_mask=None,
-            transformer_options=options,
-        )
-        return block.forward(**changed)
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
+        return {
+            "hidden_states": hidden,
+            "image_rotary_emb": picked(call["image_rotary_emb"], 1, positions),
+            "attention_mask": None,
+        }
 
 
 FAMILIES = (OmniGen2(),)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .family import BlockCall, JointFamily, picked
@@ -25,19 +27,15 @@ class PixelDiT(JointFamily):
     def text(self, call: BlockCall) -> Tensor:
         return call["y"]
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
         text = call["pos_txt"]
-        changed = call.but(
-            x=call["x"][:, :1].clone(),
-            y=hidden,
-            pos_img=call["pos_img"][:1],
-            pos_txt=None if text is None else picked(text, 0, positions),
-            attn_mask=None,
-            transformer_options=options,
-        )
-        return block.forward(**changed)[1]
+        return {
+            "x": call["x"][:, :1].clone(),
+            "y": hidden,
+            "pos_img": call["pos_img"][:1],
+            "pos_txt": None if text is None else picked(text, 0, positions),
+            "attn_mask": None,
+        }
 
 
 FAMILIES = (PixelDiT(),)

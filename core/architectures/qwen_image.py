@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .family import BlockCall, JointFamily, picked
@@ -9,6 +11,7 @@ from .family import BlockCall, JointFamily, picked
 
 class QwenBlocks(JointFamily):
     layered = True
+    text_result = 0
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         return list(model.transformer_blocks)
@@ -19,21 +22,17 @@ class QwenBlocks(JointFamily):
     def text(self, call: BlockCall) -> Tensor:
         return call["encoder_hidden_states"]
 
-    def step(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, positions: list[int], options: dict
-    ) -> Tensor:
+    def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
         text = self.text(call).shape[1]
-        changed = call.but(
-            hidden_states=call["hidden_states"][:, :1].clone(),
-            encoder_hidden_states=hidden,
-            encoder_hidden_states_mask=None,
+        return {
+            "hidden_states": call["hidden_states"][:, :1].clone(),
+            "encoder_hidden_states": hidden,
+            "encoder_hidden_states_mask": None,
             # The first half, where reference images are modulated at time 0.
-            temb=call["temb"][: len(hidden)],
-            image_rotary_emb=picked(call["image_rotary_emb"], 2, [*positions, text]),
-            timestep_zero_index=None,
-            transformer_options=options,
-        )
-        return block.forward(**changed)[0]
+            "temb": call["temb"][: len(hidden)],
+            "image_rotary_emb": picked(call["image_rotary_emb"], 2, [*positions, text]),
+            "timestep_zero_index": None,
+        }
 
 
 class QwenImage(QwenBlocks):
