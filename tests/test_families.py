@@ -123,6 +123,14 @@ class Embedding(Reading):
         super()._attended(block, seen, out)
 
 
+class Names(Reading):
+    """Keeps the concepts as they enter the first block."""
+
+    def _embed(self, model, call):
+        self.names, positions = super()._embed(model, call)
+        return self.names, positions
+
+
 def all_but_the_text(family: JointFamily, call: BlockCall, length: int) -> list[int]:
     start = 0 if family.text_first else family.picture(call, length).stop
     stop = start + family.text(call).shape[1]
@@ -167,6 +175,50 @@ def test_with_the_prompt_as_concepts_they_are_the_models_own_text_in_every_layer
 def test_the_model_embeds_concepts_as_it_does_its_own_text(model, row, read):
     for call in read(Embedding, model, row, batch=row.batch, cfg=row.cfg, steps=1):
         assert torch.equal(call.embedded, call.met)
+
+
+BESIDE = {
+    "clip_vision_output",
+    "clip_vision_outputs",
+    "conditioning_byt5small",
+    "ref_latent",
+    "reference_latents",
+    "reference_latents_text_embeds",
+}
+"""What a conditioning may have for the model to see beside the prompt."""
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if BESIDE & row.values.keys()])
+def test_names_are_embedded_alike_whatever_stands_beside_the_prompt(model, row, read):
+    bare = {name: value for name, value in row.values.items() if name not in BESIDE}
+    found = [read(Names, model, replace(row, values=v), steps=1)[0].names for v in (row.values, bare)]
+    assert torch.equal(*found)
+
+
+# Those of the models that take a mask which is not all ones.
+@pytest.mark.parametrize("name", ["hunyuan_video", "ideogram4", "krea2", "lens", "lumina2", "mochi"])
+def test_a_mask_of_the_prompt_is_none_of_its_names(model, row, read):
+    padded = torch.tensor([[True] * (row.tokens - 2) + [False] * 2])
+    masks = [{"attention_mask": mask} for mask in (padded, torch.ones_like(padded))]
+    found = [
+        read(Names, model, replace(row, values={**row.values, **mask}), steps=1)[0].names for mask in masks
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["flux2_klein_edit", "hunyuan_video_from_references", "hunyuan_video_15"])
+def test_names_are_embedded_beside_one_token_of_the_picture(model, row, read, monkeypatch):
+    pictures = []
+    kind = type(family(model))
+    embedded = kind.embedded
+
+    def met(self, call, tokens):
+        pictures.append(call["img"].shape[1])
+        return embedded(self, call, tokens)
+
+    monkeypatch.setattr(kind, "embedded", met)
+    read(Reading, model, row, steps=1)
+    assert set(pictures) == {1}
 
 
 def _rows(out: Tensor) -> Tensor:

@@ -96,6 +96,7 @@ REFERENCES = [
     ("krea2", "index"),
     ("krea2", "index_timestep_zero"),
     ("omnigen2", None),
+    ("boogu", None),
     ("z_image_omni", None),
 ]
 

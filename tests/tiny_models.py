@@ -682,6 +682,7 @@ for _name, _method in {
     "qwen_image": "index_timestep_zero",
     "krea2": "index_timestep_zero",
     "omnigen2": None,
+    "boogu": None,
 }.items():
     _row = ROWS[_name]
     ROWS[f"{_name}_edit"] = replace(

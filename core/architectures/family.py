@@ -93,18 +93,8 @@ class BlockCall(NamedTuple):
         return self.arguments[name]
 
 
-# What is about the picture, or fits only the text that was given.
-_NOT_ALONE = (
-    "attention_mask",
-    "clip_fea",
-    "control",
-    "image_cond",
-    "ref_contexts",
-    "ref_latent",
-    "ref_latents",
-    "siglip_feats",
-    "txt_byt5",
-)
+# What fits only the text that was given, or would stand beside the one token of the picture.
+_NOT_ALONE = ("attention_mask", "image_cond", "ref_latent", "ref_latents")
 
 
 class JointFamily(Family):
