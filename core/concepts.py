@@ -80,6 +80,19 @@ def parse_concepts(text: str, background: str = "") -> Concepts:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A prompt in whose words concepts are looked for.
+
+    Attributes:
+        sequence: its tokens as the model is given them, (T, C) float32.
+        words: for each concept, in which rows its tokens stand, wherever it occurs; empty if it does not.
+    """
+
+    sequence: Tensor
+    words: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class ConceptTokens:
     """K names as a text encoder gives them, each as a prompt of its own in the encoder's template.
 
@@ -88,12 +101,14 @@ class ConceptTokens:
         spans: where in it the name's own tokens lie.
         lengths: how many tokens each prompt has as the encoder gives it, padding included.
         pooling: how they become one: "mean of tokens", "first token" or "last token".
+        prompt: the one that the names may be words of.
     """
 
     sequences: tuple[Tensor, ...]
     spans: tuple[slice, ...]
     lengths: tuple[int, ...]
     pooling: str
+    prompt: Prompt | None = None
 
     @classmethod
     def single(cls, tokens: Tensor) -> ConceptTokens:
@@ -111,7 +126,8 @@ class ConceptTokens:
         return cls(joined("sequences"), joined("spans"), joined("lengths"), parts[0].pooling)
 
     def to(self, device: torch.device) -> ConceptTokens:
-        return replace(self, sequences=tuple(s.to(device) for s in self.sequences))
+        prompt = self.prompt and replace(self.prompt, sequence=self.prompt.sequence.to(device))
+        return replace(self, sequences=tuple(s.to(device) for s in self.sequences), prompt=prompt)
 
     def pooled(self, sequences: Sequence[Tensor] | None = None) -> Tensor:
         """One token for each concept (K, D), of its own ``sequences`` (T_k, D) or what became of them."""
@@ -122,7 +138,7 @@ class ConceptTokens:
 
 
 def encode_concepts(
-    clip: CLIP, names: tuple[str, ...], pooling: str, family: Family, width: int
+    clip: CLIP, names: tuple[str, ...], pooling: str, family: Family, width: int, prompt: str = ""
 ) -> ConceptTokens:
     """The tokens of names from any CLIP object, in its own template, each name by itself.
 
@@ -135,6 +151,8 @@ def encode_concepts(
             others, and the mean of the tokens of any other. "first token" is the paper's reference's.
         family: of the model that is to take them.
         width: C, the width of the model's text tokens.
+        prompt: a text, with all that prompt syntax can do, in which names are found by their token ids, as
+            in DAAM.
 
     Raises:
         ValueError: the CLIP does not belong to the model, there is no such pooling, or the encoder has no
@@ -175,7 +193,7 @@ def encode_concepts(
         if not 0 <= front <= max(0, len(_ids(given[encoder])) - len(encoded[0])):
             raise _not_the_models(family, f"no weights for the text encoder {encoder}")
     special = _special_words(tokenizer, encoder)
-    sequences, spans, lengths = [], [], []
+    sequences, spans, lengths, own_ids = [], [], [], []
     for name in names:
         if any("\ud800" <= c <= "\udfff" for c in name):
             raise ValueError(
@@ -204,7 +222,16 @@ def encode_concepts(
         sequences.append(encoded[: len(own) - left_out])
         spans.append(slice(span.start - left_out, span.stop - left_out))
         lengths.append(len(encoded))
-    return ConceptTokens(tuple(sequences), tuple(spans), tuple(lengths), pooling)
+        own_ids.append(own[span])
+    tokens = ConceptTokens(tuple(sequences), tuple(spans), tuple(lengths), pooling)
+    if not prompt.strip():
+        return tokens
+    given = clip.tokenize(prompt)
+    whole = _ids(given[encoder])
+    encoded = encode(given)
+    left_out = max(0, len(whole) - len(encoded)) if front is None else front
+    rows = whole[left_out : left_out + len(encoded)]
+    return replace(tokens, prompt=Prompt(encoded, tuple(_occurrences(ids, rows) for ids in own_ids)))
 
 
 def _not_the_models(family: Family, what: str) -> ValueError:
@@ -266,6 +293,13 @@ def _own(ids: list[int], probes: list[list[int]]) -> slice:
     start = shared(ids, probes)
     end = shared(ids[start:][::-1], [probe[start:][::-1] for probe in probes])
     return slice(start, len(ids) - end)
+
+
+def _occurrences(ids: list[int], text: list[int]) -> tuple[int, ...]:
+    """Where in ``text`` the ids stand one after the other: the places of all of them."""
+    length = len(ids)
+    starts = [i for i in range(len(text) - length + 1) if text[i : i + length] == ids]
+    return tuple(start + i for start in starts for i in range(length))
 
 
 def _unknown(tokenizer, encoder: str, ids: list[int]) -> bool:

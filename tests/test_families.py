@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
 from einops import rearrange
-from tiny_models import ROWS, Row, concepts_of, sample, tiny
+from tiny_models import ROWS, WORDS, Row, concepts_of, sample, tiny
 from torch import Tensor
 
 from concept_attention.core.architectures import JointFamily, families, family_of
@@ -20,6 +20,7 @@ from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.readers import reading_of
 from concept_attention.core.observing.readers.blocks import BlockReading
+from concept_attention.core.observing.readers.embedding import embedded
 from concept_attention.core.observing.recording import RecordingError
 from concept_attention.core.reading.maps import concept_maps
 from concept_attention.core.reading.masks import concept_masks
@@ -114,7 +115,8 @@ class Embedding(Reading):
 
     def _embed(self, model, call):
         context = call.arguments.get("context", call.arguments.get("c_crossattn"))
-        self.embedded = self._at_the_first_block(model, call, context)
+        first, text = self._blocks[0], self._text_of
+        self.embedded = torch.stack(embedded(self._family, model, call, context, first, text))
         return super()._embed(model, call)
 
     def _attended(self, block, seen, out) -> None:
@@ -158,7 +160,8 @@ def test_a_row_is_of_its_family(model, row):
 
 
 def test_every_family_has_a_row():
-    assert {row.family for row in ROWS.values()} | {"Flux.1"} == {f.name for f in families()}
+    rows = (ROWS | WORDS).values()
+    assert {row.family for row in rows} | {"Flux.1"} == {f.name for f in families()}
 
 
 def test_with_the_prompt_as_concepts_they_are_the_models_own_text_in_every_layer(

@@ -7,10 +7,11 @@ import inspect
 from pathlib import Path
 
 from tiny_encoders import ENCODERS
-from tiny_models import ROWS
+from tiny_models import ROWS, WORDS
 
 from concept_attention.core.architectures import Family, families
 from concept_attention.core.architectures.unreadable import UNREADABLE
+from concept_attention.core.observing.readers import reading_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 HEAD = """\
@@ -22,22 +23,28 @@ A family is all that ComfyUI loads as one class: a model, its fine-tunes, its va
 inpainting. Nothing here was tried on real weights. Where the default layers are not the reference's, they are
 a guess until that is done: look at other layers too.
 
-| model | class in ComfyUI | text encoders | default layers | checked |
-|---|---|---|---|---|
+Maps are of the space "output" where text and picture attend to each other, as in the paper. Where the picture
+only reads the text, they are of the space "probability": a concept is one more word of the prompt.
+
+| model | class in ComfyUI | text encoders | maps | default layers | checked |
+|---|---|---|---|---|---|
 """
 CHECKED = {
     "model": ("test_families", "By ComfyUI's own class, tiny and with random weights:"),
+    "words": ("test_words", "The same, for models that read words:"),
     "encoder": ("test_encoders", "By ComfyUI's own tokenizer and text encoder, likewise:"),
     "golden data": ("test_golden", "Against numbers that the reference implementation gave:"),
 }
-_GOLDEN = {"CogVideoX", "Flux.1", "Flux.2", "Stable Diffusion 3"}
+_GOLDEN = {"CogVideoX", "Flux.1", "Flux.2", "Stable Diffusion 1, 2, XL", "Stable Diffusion 3"}
 _MODELS = {row.family for row in ROWS.values()}
+_WORDS = {row.family for row in WORDS.values()}
 _ENCODERS = {row.family for row in ENCODERS.values()}
 
 
 def page() -> str:
     rows = "".join(
-        f"| {family.name} | `{family.model}` | {family.loader} | {_layers(family)} | {_checked(family)} |\n"
+        f"| {family.name} | `{family.model}` | {family.loader} | {reading_of(family).SPACES[0]} "
+        f"| {_layers(family)} | {_checked(family)} |\n"
         for family in families()
     )
     parts = [HEAD + rows, "## What was checked\n"]
@@ -58,7 +65,7 @@ def _layers(family: Family) -> str:
 
 
 def _checked(family: Family) -> str:
-    kinds = {"golden data": _GOLDEN, "model": _MODELS, "encoder": _ENCODERS}
+    kinds = {"golden data": _GOLDEN, "model": _MODELS, "words": _WORDS, "encoder": _ENCODERS}
     return ", ".join(kind for kind, names in kinds.items() if family.name in names)
 
 

@@ -90,7 +90,11 @@ def _random(*shape: int) -> Callable[[torch.Generator], Tensor]:
 
 
 def _clip_vision(*shape: int) -> Callable[[torch.Generator], SimpleNamespace]:
-    return lambda g: SimpleNamespace(last_hidden_state=torch.randn(1, *shape, generator=g))
+    def output(g: torch.Generator) -> SimpleNamespace:
+        states = torch.randn(1, *shape, generator=g)
+        return SimpleNamespace(last_hidden_state=states, penultimate_hidden_states=states)
+
+    return output
 
 
 def _tensors(*shapes: tuple[int, ...]) -> Callable[[torch.Generator], list[Tensor]]:
@@ -676,6 +680,181 @@ ROWS = {
     ),
 }
 
+_UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [1, 1, 1],
+    "channel_mult": (1, 2, 2),
+    "num_heads": -1,
+    "num_head_channels": 16,
+    "use_spatial_transformer": True,
+    "transformer_depth": [1, 1, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 0, 0],
+    "transformer_depth_middle": 1,
+    "context_dim": 64,
+    "use_linear_in_transformer": True,
+    "legacy": False,
+}
+_WAN = {
+    "image_model": "wan2.1",
+    "model_type": "t2v",
+    "patch_size": (1, 2, 2),
+    "text_len": 16,
+    "in_dim": 16,
+    "dim": 256,
+    "ffn_dim": 512,
+    "freq_dim": 64,
+    "text_dim": 64,
+    "out_dim": 16,
+    "num_heads": 2,
+    "num_layers": 3,
+}
+_LTX = {
+    "in_channels": 16,
+    "cross_attention_dim": 128,
+    "attention_head_dim": 64,
+    "num_attention_heads": 2,
+    "caption_channels": 64,
+    "num_layers": 3,
+}
+_LTX2 = {
+    **_LTX,
+    "image_model": "ltxav",
+    "audio_cross_attention_dim": 64,
+    "audio_attention_head_dim": 32,
+    "audio_num_attention_heads": 2,
+    "connector_num_layers": 1,
+    "connector_num_attention_heads": 2,
+    "connector_attention_head_dim": 32,
+}
+_COSMOS = {
+    "image_model": "cosmos_predict2",
+    "max_img_h": 64,
+    "max_img_w": 64,
+    "max_frames": 8,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "concat_padding_mask": True,
+    "model_channels": 128,
+    "num_blocks": 3,
+    "num_heads": 2,
+    "crossattn_emb_channels": 64,
+    "pos_emb_cls": "rope3d",
+    "use_adaln_lora": True,
+    "adaln_lora_dim": 16,
+}
+_KANDINSKY = {
+    "image_model": "kandinsky5",
+    "in_visual_dim": 16,
+    "out_visual_dim": 16,
+    "in_text_dim": 64,
+    "in_text_dim2": 32,
+    "time_dim": 64,
+    "model_dim": 128,
+    "ff_dim": 256,
+    "visual_embed_dim": 132,
+    "num_text_blocks": 1,
+    "num_visual_blocks": 3,
+    "axes_dims": (16, 24, 24),
+}
+_SD, _WAN_FAMILY = "Stable Diffusion 1, 2, XL", "Wan 2.1, 2.2"
+
+WORDS = {
+    "sd15": Row(_SD, "SD15", {**_UNET, "use_linear_in_transformer": False}, 64, (4, 9, 14), tokens=77),
+    "sd2": Row(_SD, "SD20", _UNET, 64, (4, 8, 12), tokens=77),
+    "sdxl": Row(
+        _SD,
+        "SDXL",
+        {
+            **_UNET,
+            "transformer_depth": [0, 1, 2],
+            "transformer_depth_output": [0, 0, 1, 1, 2, 2],
+            "transformer_depth_middle": 2,
+            "num_classes": "sequential",
+            "adm_in_channels": 32 + 6 * 256,
+        },
+        64,
+        (4, 16, 24),
+        tokens=77,
+        values={"pooled_output": _random(32)},
+    ),
+    "wan21_t2v": Row(_WAN_FAMILY, "WAN21_T2V", _WAN, 64, (16, 3, 5, 8)),
+    "wan21_i2v": Row(
+        _WAN_FAMILY,
+        "WAN21_I2V",
+        {**_WAN, "model_type": "i2v", "in_dim": 36},
+        64,
+        (16, 3, 5, 8),
+        values={"clip_vision_output": _clip_vision(257, 1280)},
+    ),
+    "wan21_fun_control": Row(
+        _WAN_FAMILY,
+        "WAN21_FunControl2V",
+        {**_WAN, "model_type": "i2v", "in_dim": 36, "in_dim_ref_conv": 16},
+        64,
+        (16, 3, 6, 8),
+        values={"reference_latents": _tensors((1, 16, 1, 6, 8))},
+    ),
+    "wan21_vace": Row(
+        _WAN_FAMILY,
+        "WAN21_Vace",
+        {**_WAN, "model_type": "vace", "vace_layers": 3, "vace_in_dim": 96},
+        64,
+        (16, 3, 6, 8),
+    ),
+    "wan22_5b": Row(_WAN_FAMILY, "WAN22_T2V", {**_WAN, "in_dim": 48, "out_dim": 48}, 64, (48, 3, 5, 8)),
+    "wan22_animate": Row(
+        _WAN_FAMILY,
+        "WAN22_Animate",
+        {**_WAN, "model_type": "animate", "in_dim": 36},
+        64,
+        (16, 3, 6, 8),
+        values={"clip_vision_output": _clip_vision(257, 1280)},
+    ),
+    "ltxv": Row(
+        "LTX-Video",
+        "LTXV",
+        {**_LTX, "image_model": "ltxv"},
+        64,
+        (16, 3, 5, 8),
+        values={"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]])},
+    ),
+    "ltx2": Row(
+        "LTX-2",
+        "LTXAV",
+        _LTX2,
+        64,
+        (16, 3, 5, 8),
+        sound=(8, 6, 16),
+        values={"unprocessed_ltxav_embeds": True},
+    ),
+    "ltx23": Row(
+        "LTX-2",
+        "LTXAV",
+        {
+            **_LTX2,
+            "connector_attention_head_dim": 64,
+            "audio_connector_attention_head_dim": 32,
+            "apply_gated_attention": True,
+            "caption_proj_before_connector": True,
+            "caption_projection_first_linear": False,
+            "cross_attention_adaln": True,
+        },
+        192,
+        (16, 3, 5, 8),
+        sound=(8, 6, 16),
+        values={"unprocessed_ltxav_embeds": True},
+    ),
+    "cosmos_predict2": Row("Cosmos-Predict2", "CosmosT2IPredict2", _COSMOS, 64, (16, 3, 5, 8)),
+    "kandinsky5": Row(
+        "Kandinsky 5", "Kandinsky5", _KANDINSKY, 64, (16, 3, 6, 8), values={"pooled_output": _random(32)}
+    ),
+}
+
 # With references, by the ways in which models take them.
 for _name, _method in {
     "flux2_klein": "index_timestep_zero",
@@ -697,7 +876,7 @@ for _name, _method in {
 
 @cache
 def tiny(name: str) -> ModelPatcher:
-    return build(ROWS[name])
+    return build((ROWS | WORDS)[name])
 
 
 def skip_before(version: str, what: str) -> None:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from ..geometry import Grid, Patch
 
+# What fits only the text that was given, or would stand beside the one token of the picture.
+_NOT_ALONE = ("attention_mask", "image_cond", "ref_latent", "ref_latents")
+
 
 class Family:
     """Defaults fit most models; a page overrides what differs. Families have no state."""
@@ -16,7 +19,7 @@ class Family:
     name: ClassVar[str]
     model: ClassVar[str]
     """The class of the diffusion model, with its module below ``comfy.ldm``."""
-    reader: ClassVar[Literal["patches", "blocks"]] = "blocks"
+    reader: ClassVar[Literal["patches", "blocks", "words"]]
     entry: ClassVar[Literal["diffusion_model", "apply_model"]] = "diffusion_model"
     """The wrapper (``WrappersMP``) around a call of the model. Models that call no DIFFUSION_MODEL wrapper
     are met one call further out."""
@@ -30,6 +33,10 @@ class Family:
     stands for all of it."""
     guidance: ClassVar[bool] = False
     """Whether the model may take a guidance value (FluxGuidance)."""
+    batched: ClassVar[bool] = True
+    """Whether a call of the model may have more than one row."""
+    timeless: ClassVar[bool] = False
+    """Whether a text becomes the same before the first layer at every noise level."""
     may_stop: ClassVar[bool] = True
     """Whether a call of the model may be left after the last recorded block."""
     frame_length: ClassVar[int] = 1
@@ -79,6 +86,32 @@ class Family:
         durations = [1 if self.layered or frame == 0 else self.frame_length for frame in range(frames)]
         return tuple(sum(durations[start : start + patch]) for start in range(0, frames, patch))
 
+    def embed(self, model: nn.Module, context: Tensor) -> Tensor | None:
+        """What a text (R, T, C) becomes before the first layer, if the model has a function for that. None:
+        the forward pass shows it, left at the first layer."""
+        return None
+
+    def alone(self, model: nn.Module, arguments: dict[str, Any], context: Tensor) -> dict[str, Any]:
+        """Arguments for a call of the model on one token of the picture, with another text (R, T, C)."""
+        rows = len(context)
+        patch = self.patch(model)
+        latents = (next(iter(arguments)), "c_concat")
+        changed = {}
+        for name, value in arguments.items():
+            if name in ("context", "c_crossattn"):
+                value = context
+            elif name in _NOT_ALONE:
+                continue
+            elif name == "num_tokens":
+                value = context.shape[1]
+            elif isinstance(value, Tensor) and value.ndim:
+                value = value[:1].expand(rows, *value.shape[1:])
+                if name in latents:
+                    value = value[..., : patch.rows, : patch.columns]
+                    value = value[:, :, : patch.frames] if value.ndim == 5 else value
+            changed[name] = value
+        return changed
+
 
 class BlockCall(NamedTuple):
     """One call of a block of ``model``: its arguments by name, how many tokens of text the model was given,
@@ -93,22 +126,17 @@ class BlockCall(NamedTuple):
         return self.arguments[name]
 
 
-# What fits only the text that was given, or would stand beside the one token of the picture.
-_NOT_ALONE = ("attention_mask", "image_cond", "ref_latent", "ref_latents")
-
-
 class JointFamily(Family):
     """Text and picture attend to each other: concepts are more text, which only the observer sees.
 
     Shapes: B rows of the call, K concepts, T rows of text, D features.
     """
 
+    reader = "blocks"
     text_first: ClassVar[bool] = True
     """Whether the text stands before the picture in the joint sequence."""
     text_result: ClassVar[int] = 1
     """Where in the results of a block the text stands, if the picture has one of its own."""
-    batched: ClassVar[bool] = True
-    """Whether a call of the model may have more than one row."""
 
     def text(self, call: BlockCall) -> Tensor:
         """The text rows (B, T, D) of the block's input."""
@@ -147,11 +175,6 @@ class JointFamily(Family):
         out = block.forward(**{**arguments, "transformer_options": options})
         return out if isinstance(out, Tensor) else out[self.text_result]
 
-    def embed(self, model: nn.Module, context: Tensor) -> Tensor | None:
-        """What a text (R, T, C) becomes before the first block, if the model has a function for that. None:
-        the forward pass shows it, left at the first block."""
-        return None
-
     def embedded(self, call: BlockCall, tokens: int) -> Tensor:
         """Of the text rows at the first block, those that ``tokens`` given ones became."""
         return self.text(call)[:, :tokens]
@@ -161,26 +184,37 @@ class JointFamily(Family):
         ``own`` are its name's."""
         return own.start
 
-    def alone(self, model: nn.Module, arguments: dict[str, Any], context: Tensor) -> dict[str, Any]:
-        """Arguments for a call of the model on one token of the picture, with another text (R, T, C)."""
-        rows = len(context)
-        patch = self.patch(model)
-        latents = (next(iter(arguments)), "c_concat")
-        changed = {}
-        for name, value in arguments.items():
-            if name in ("context", "c_crossattn"):
-                value = context
-            elif name in _NOT_ALONE:
-                continue
-            elif name == "num_tokens":
-                value = context.shape[1]
-            elif isinstance(value, Tensor) and value.ndim:
-                value = value[:1].expand(rows, *value.shape[1:])
-                if name in latents:
-                    value = value[..., : patch.rows, : patch.columns]
-                    value = value[:, :, : patch.frames] if value.ndim == 5 else value
-            changed[name] = value
-        return changed
+
+class WordsFamily(Family):
+    """The picture reads the text by cross-attention, and text never the picture: a concept is one more word.
+
+    Layers are the modules of the cross-attention, or what they are part of. Shapes: N tokens of picture,
+    W words, H heads of d features.
+    """
+
+    reader = "words"
+    queries: ClassVar[str]
+    """Within such a module, the one whose output the queries are: (B, N, H * d) or (B, N, H, d)."""
+    keys: ClassVar[tuple[str, ...]]
+    """Those that make keys of a text, in their order; the last one's output is the keys."""
+
+    def heads(self, module: nn.Module) -> int:
+        return module.heads
+
+    def key(self, module: nn.Module, words: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The keys of words (1, W, D) as the module makes them when it is called with ``arguments``."""
+        for name in self.keys:
+            words = module.get_submodule(name).forward(words)
+        return words
+
+    def mask(self, arguments: dict[str, Any]) -> Tensor | None:
+        """Of the prompt's keys, as the module's attention function is given it."""
+        return None
+
+    def place(self, model: nn.Module, call: dict[str, Any], grid: Grid, queries: int) -> tuple[slice, Grid]:
+        """Which of a layer's queries are the picture's in a call of the model with these arguments, and their
+        grid in that layer."""
+        return slice(0, grid.size), grid
 
 
 def picked(table: Tensor, axis: int, rows: list[int]) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..reading.maps import ConceptMaps, mean_where_seen
+from ..reading.maps import ConceptMaps, competing, mean_where_seen
 
 LEVELS = 255
 
@@ -61,8 +61,9 @@ def layer(maps: ConceptMaps, image: int, layer: int) -> Tensor:
 
 
 def _maps(maps: ConceptMaps, scores: Tensor) -> Tensor:
-    scores = scores / maps.temperature
-    return scores.softmax(1) if maps.softmax else scores
+    if maps.softmax:
+        return competing(scores, maps.space, maps.temperature, 1)
+    return scores / maps.temperature
 
 
 def picture(image: Tensor) -> bytes:

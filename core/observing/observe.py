@@ -50,7 +50,7 @@ class WhatToRecord:
         tokens: of each of ``concepts.all``.
         layers: their numbers in the model; if None, its family's main ones of a sampling run, and its default
             ones of existing images.
-        spaces: out of the ``SPACES`` of ``reading_of`` the model's family.
+        spaces: out of the ``SPACES`` of ``reading_of`` the model's family; the first of them if None.
         attend_image, attend_concepts: see ``Look``.
         every: evaluations of the model from one that is recorded to the next. The first always is.
         budget: bytes that one recording may take before it keeps the default layers only.
@@ -60,7 +60,7 @@ class WhatToRecord:
     concepts: Concepts
     tokens: ConceptTokens
     layers: Collection[int] | None = None
-    spaces: Collection[str] = ("output",)
+    spaces: Collection[str] | None = None
     attend_image: bool = True
     attend_concepts: bool = True
     every: int = 1
@@ -96,13 +96,14 @@ def observe(
     if not layers or layers[0] < 0 or layers[-1] >= depth:
         raise ValueError(f"This model has the layers 0 to {depth - 1}; asked to record {list(layers)}.")
     known = reading_of(family).SPACES
-    unknown = set(what.spaces) - set(known)
-    if unknown or not what.spaces:
+    spaces = known[:1] if what.spaces is None else tuple(what.spaces)
+    unknown = set(spaces) - set(known)
+    if unknown or not spaces:
         raise ValueError(f"Unknown spaces {sorted(unknown)}. {family.name} has: {'; '.join(known)}.")
     if what.every < 1:
         raise ValueError(f"Evaluations are recorded every 1 or more, not every {what.every}.")
 
-    what = replace(what, layers=layers, spaces=tuple(what.spaces))
+    what = replace(what, layers=layers, spaces=spaces)
     channels = model.get_model_object("latent_format").latent_channels
     observer = _Observer(family, what, channels, listener, maps_only)
     observed = model.clone()
@@ -141,12 +142,13 @@ class _Observer:
         self._runs: weakref.WeakKeyDictionary[CFGGuider, _Run] = weakref.WeakKeyDictionary()
         self._history = History()
 
-    def _look(self, device: torch.device, layers: tuple[int, ...]) -> Look:
+    def _look(self, device: torch.device, layers: tuple[int, ...], known: dict | None) -> Look:
         """The tokens are copied to the device once: copying from ordinary memory waits for it."""
         what = self._what
         if device not in self._tokens:
             self._tokens[device] = what.tokens.to(device)
-        return Look(self._tokens[device], layers, what.spaces, what.attend_image, what.attend_concepts)
+        tokens = self._tokens[device]
+        return Look(tokens, layers, what.spaces, what.attend_image, what.attend_concepts, known)
 
     def outer_sample(
         self,
@@ -164,7 +166,8 @@ class _Observer:
         shapes = kwargs.get("latent_shapes")
         try:
             recorder = self._recorder(guider, video_of(noise, shapes), sigmas)
-            self._runs[guider] = _Run(recorder, self._listener, shapes)
+            known = None if _weights_change(guider) else {}
+            self._runs[guider] = _Run(recorder, self._listener, shapes, known)
         except Exception as error:
             recording = _reason(error)
         steps = _Steps(callback)
@@ -231,7 +234,7 @@ class _Observer:
         options = dict(model_options or {})
         options["transformer_options"] = {
             **options.get("transformer_options", {}),
-            KEY: (evaluation, Conditionings(guider, x, run.shapes, patch, run.weights)),
+            KEY: (evaluation, Conditionings(guider, x, run.shapes, patch, run.weights), run.known),
         }
         options["sampler_pre_cfg_function"] = [disarm, *options.get("sampler_pre_cfg_function", [])]
         try:
@@ -249,18 +252,18 @@ class _Observer:
         if not self.family.matches(model):
             return executor(*args, **kwargs)
         call = ModelCall(executor.original, args, kwargs)
-        evaluation, conditionings = call.options.get(KEY, (None, None))
+        evaluation, conditionings, known = call.options.get(KEY, (None, None, None))
         armed = evaluation is not None and evaluation.armed and evaluation.recorder.failure is None
         if not armed:
             return self._nothing(call) if self.maps_only else executor(*args, **kwargs)
         evaluation.calls += 1
         guard = Guard(partial(self._failed, evaluation.recorder))
-        layers = evaluation.recorder.layers
         chunks: list[Chunk] = []
         with guard:
             chunks = conditionings.positive(call.options, evaluation.seen, call.x)
             if chunks:
-                reading = self._reading(model, call, chunks, evaluation.recorder.grid, layers, guard)
+                look = self._look(call.x.device, evaluation.recorder.layers, known)
+                reading = self._reading(model, call, chunks, evaluation.recorder.grid, look, guard)
         if not chunks or guard.broken:
             return self._nothing(call) if self.maps_only else executor(*args, **kwargs)
         try:
@@ -271,7 +274,8 @@ class _Observer:
             out = self._nothing(call)
         with guard:
             if not guard.broken:
-                self._record(evaluation, layers, chunks, reading.scores(), self.family.grid(model, call.x))
+                grid = self.family.grid(model, call.x)
+                self._record(evaluation, look.layers, chunks, reading.scores(), grid)
         return out
 
     def _reading(
@@ -280,7 +284,7 @@ class _Observer:
         call: ModelCall,
         chunks: list[Chunk],
         whole: Grid,
-        layers: tuple[int, ...],
+        look: Look,
         guard: Guard,
     ) -> Reading:
         grid = self.family.grid(model, call.x)
@@ -289,10 +293,9 @@ class _Observer:
                 f"the model was called on a tile of {grid.rows} x {grid.columns} patches; the image has "
                 f"{whole.rows} x {whole.columns}, and tiled sampling cannot be recorded"
             )
-        look = self._look(call.x.device, layers)
         rows = [chunk.rows for chunk in chunks]
         stop = self.maps_only and self.family.may_stop
-        return self._reader(self.family, model, call, look, rows, grid.size, guard, stop)
+        return self._reader(self.family, model, call, look, rows, grid, guard, stop)
 
     def _record(
         self,
@@ -324,6 +327,13 @@ class _Observer:
         return True
 
 
+def _weights_change(guider: CFGGuider) -> bool:
+    """Whether hooks patch the model's weights for some conditionings, or at some steps."""
+    if getattr(guider.model_patcher, "forced_hooks", None) is not None:
+        return True
+    return any("hooks" in entry for conds in guider.conds.values() for entry in conds or [])
+
+
 def _reason(error: Exception) -> str:
     """What the user is told when maps are asked for. The image is never lost to a failure to record, and
     the exception is not kept, since its traceback would keep the run's tensors."""
@@ -337,11 +347,12 @@ def _reason(error: Exception) -> str:
 @dataclass
 class _Run:
     """A sampling run, the shapes of its latents' parts, and the weights of its conditionings as far as they
-    have been asked for."""
+    have been asked for; ``known`` as in ``Look``."""
 
     recorder: Recorder
     listener: Callable[[Recorder], None] | None
     shapes: Sequence[Sequence[int]] | None
+    known: dict | None
     weights: dict[object, Tensor] = field(default_factory=dict)
 
     def tell(self) -> None:

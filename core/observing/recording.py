@@ -73,6 +73,11 @@ class Recording:
         return len(self.durations)
 
     @property
+    def space(self) -> str:
+        """The one that maps are made from by default: the first recorded."""
+        return next(iter(self.scores))
+
+    @property
     def batch(self) -> int:
         """How many images or videos it has."""
         return next(iter(self.scores.values()))[0].shape[1] // self.frames
@@ -104,8 +109,8 @@ class Recording:
         """
         if space not in self.scores:
             raise ValueError(
-                f'The space "{space}" was not recorded, only: {", ".join(self.scores)}. '
-                "Switch it on in Concept Attention and sample again."
+                f'The space "{space}" was not recorded, only: {"; ".join(self.scores)}. Choose one of those, '
+                'or "default". Or, if the model has it, switch it on in Concept Attention and sample again.'
             )
         layers = self.default_layers if layers is None else layers
         missing = [layer for layer in layers if layer not in self.layers]

@@ -14,6 +14,7 @@ from ..observing.recording import AVERAGES, Recording
 from .grounding import propagate_anchors
 
 GROUNDINGS = ("paper", "anchor propagation")
+_LEAST = 1e-9  # of a probability: below it, words are alike
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def upscale(
 def heatmaps(
     recording: Recording,
     *,
-    space: str = "output",
+    space: str | None = None,
     layers: Sequence[int] | None = None,
     steps: Sequence[int] | None = None,
     softmax: bool = True,
@@ -103,6 +104,7 @@ def heatmaps(
     mean in a patch is over the evaluations in which a positive prompt was at work there; NaN if in none.
 
     Args:
+        space: the recording's first if None.
         layers: the default layers of the model's family if None.
         steps: the sampler's steps, all if None.
         softmax: False gives the mean of the raw scores.
@@ -118,14 +120,23 @@ def heatmaps(
         raise ValueError(f"The temperature must be above 0, not {temperature}.")
     if average not in AVERAGES:
         raise ValueError(f'Unknown average "{average}". Choose one of: {"; ".join(AVERAGES)}.')
-    of_each, of_mean = softmax and average == "after softmax", softmax and average == "before softmax"
+    space = recording.space if space is None else space
+    if not softmax:
+        return mean_where_seen(s.mean(0) / temperature for s in recording.select(space, layers, steps))
+    if average == "before softmax":
+        mean = mean_where_seen(s.mean(0) for s in recording.select(space, layers, steps))
+        return competing(mean, space, temperature, 1)
+    return mean_where_seen(
+        competing(s, space, temperature, 2).mean(0) for s in recording.select(space, layers, steps)
+    )
 
-    def of(scores: Tensor) -> Tensor:  # (L, B, K, h, w)
-        scores = scores / temperature if temperature != 1 else scores
-        return (scores.softmax(2) if of_each else scores).mean(0)
 
-    mean = mean_where_seen(of(scores) for scores in recording.select(space, layers, steps))
-    return mean.softmax(1) if of_mean else mean
+def competing(scores: Tensor, space: str, temperature: float, axis: int) -> Tensor:
+    """The softmax of scores over the concepts, which are along ``axis``. Probabilities are compared by their
+    logarithms, so that at a temperature of 1 each concept has its share of what they have together."""
+    if space == "probability":
+        scores = scores.clamp_min(_LEAST).log()
+    return (scores / temperature if temperature != 1 else scores).softmax(axis)
 
 
 def mean_where_seen(maps: Iterable[Tensor]) -> Tensor:
@@ -156,7 +167,7 @@ class MeanWhereSeen:
 def concept_maps(
     recording: Recording,
     *,
-    space: str = "output",
+    space: str | None = None,
     layers: Sequence[int] | None = None,
     steps: Sequence[int] | None = None,
     softmax: bool = True,
@@ -182,6 +193,7 @@ def concept_maps(
         )
     layers = recording.default_layers if layers is None else tuple(layers)
     steps = tuple(sorted({step for step in recording.steps if steps is None or step in steps}))
+    space = recording.space if space is None else space
     choice = {"space": space, "layers": layers, "steps": steps}
     values = heatmaps(recording, **choice, softmax=softmax, temperature=temperature, average=average)
     unseen = values.isnan()

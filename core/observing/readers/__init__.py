@@ -6,8 +6,9 @@ from ...architectures import Family
 from .blocks import BlockReading
 from .patches import PatchReading
 from .reading import Reading
+from .words import WordReading
 
-_READINGS: dict[str, type[Reading]] = {"patches": PatchReading, "blocks": BlockReading}
+_READINGS: dict[str, type[Reading]] = {"patches": PatchReading, "blocks": BlockReading, "words": WordReading}
 # All that any of them can score.
 SPACES = tuple(dict.fromkeys(space for reading in _READINGS.values() for space in reading.SPACES))
 

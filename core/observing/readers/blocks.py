@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...architectures.family import BlockCall, JointFamily
+from ...geometry import Grid
+from .embedding import OTHERS, embedded
 from .reading import Complete, Guard, Look, ModelCall, named, uncompiled
 from .stream import dot_products, normalized_over_concepts
 
@@ -27,25 +29,6 @@ try:
     from comfy import model_prefetch
 except ImportError:  # ComfyUI before it had one
     model_prefetch = None
-
-# What other nodes put into transformer_options has no part in the concepts' own calls. Nor do these load
-# weights ahead, since a call that is left would leave the queue open.
-_OTHERS = (
-    "patches",
-    "patches_replace",
-    "wrappers",
-    "callbacks",
-    "optimized_attention_override",
-    "prefetch_dynamic_vbars",
-)
-
-
-# As many tokens of names are embedded at a time as a picture may well have: 16 names of 512 tokens.
-_TOKENS = 8192
-
-
-class _Embedded(BaseException):
-    """Leaves the model's forward pass at its first block."""
 
 
 class _Block(NamedTuple):
@@ -66,12 +49,12 @@ class BlockReading:
         call: ModelCall,
         look: Look,
         rows: Sequence[slice],
-        picture: int,
+        grid: Grid,
         guard: Guard,
         stop: bool,
     ) -> None:
         self._family, self._look, self._rows, self._guard, self._stop = family, look, rows, guard, stop
-        self._options, self._picture = call.options, picture
+        self._options, self._picture = call.options, grid.size
         self._model, self._blocks = model, family.layers(model)
         context = call.arguments.get("context", call.arguments.get("c_crossattn"))
         self._text = context.shape[1]
@@ -146,7 +129,7 @@ class BlockReading:
             )
         hidden = self._hidden.expand(len(text), -1, -1)
         concepts = _Concepts(self._family, self._look, seen, self._family.keys(block.call, seen.length))
-        options = {k: v for k, v in self._options.items() if k not in _OTHERS}
+        options = {k: v for k, v in self._options.items() if k not in OTHERS}
         options["optimized_attention_override"] = concepts.attention(hidden.shape[1])
         self._hidden = self._family.step(block.module, block.call, hidden.clone(), self._positions, options)
         if block.layer in self._look.layers:
@@ -172,53 +155,16 @@ class BlockReading:
     def _embed(self, model: nn.Module, call: ModelCall) -> tuple[Tensor, list[int]]:
         """The concepts (1, K, D) as the model's first block would be given them, and their positions."""
         tokens = self._look.tokens
-        rows: list[Tensor] = [None] * len(tokens.sequences)
-        for names in self._calls():
-            context = torch.stack([tokens.sequences[i] for i in names])
-            text = self._at_the_first_block(model, call, context)
-            for i, embedded in zip(names, text, strict=True):
-                rows[i] = embedded
+        first, known = self._blocks[0], self._look.known
+        rows = embedded(self._family, model, call, tokens.sequences, first, self._text_of, known)
         positions = [
             min(self._family.position(length, span), self._text - 1)
             for length, span in zip(tokens.lengths, tokens.spans, strict=True)
         ]
         return tokens.pooled(rows)[None], positions
 
-    def _calls(self) -> list[list[int]]:
-        """Which names are embedded together: those of one length, as far as memory goes, or each alone."""
-        sequences = self._look.tokens.sequences
-        if not self._family.batched:
-            return [[i] for i in range(len(sequences))]
-        calls = []
-        for length in sorted({len(s) for s in sequences}):
-            names = [i for i, s in enumerate(sequences) if len(s) == length]
-            together = max(1, _TOKENS // length)
-            calls += [names[start : start + together] for start in range(0, len(names), together)]
-        return calls
-
-    def _at_the_first_block(self, model: nn.Module, call: ModelCall, context: Tensor) -> Tensor:
-        given = call.arguments.get("context", call.arguments.get("c_crossattn"))
-        context = context.to(given)
-        if (embedded := self._family.embed(model, context)) is not None:
-            return embedded
-        arguments = self._family.alone(model, call.arguments, context)
-        arguments["transformer_options"] = {k: v for k, v in self._options.items() if k not in _OTHERS}
-        found: list[Tensor] = []
-
-        def leave(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            arguments = named(uncompiled(module).forward, args, kwargs)
-            block = BlockCall(arguments, model, context.shape[1], 1)
-            found.append(self._family.embedded(block, context.shape[1]).clone())
-            raise _Embedded
-
-        hook = self._blocks[0].register_forward_pre_hook(leave, with_kwargs=True)
-        try:
-            call.function(**arguments)
-        except _Embedded:
-            pass
-        finally:
-            hook.remove()
-        return found[0]
+    def _text_of(self, arguments: dict, model: nn.Module, tokens: int) -> Tensor:
+        return self._family.embedded(BlockCall(arguments, model, tokens, 1), tokens)
 
 
 def _outside_allocation_graphs() -> contextlib.AbstractContextManager:

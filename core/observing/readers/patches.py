@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...architectures import Family, flux1
+from ...geometry import Grid
 from .reading import Complete, Guard, Look, ModelCall
 from .stream import SPACES, ConceptStream
 
@@ -33,11 +34,11 @@ class PatchReading:
         call: ModelCall,
         look: Look,
         rows: Sequence[slice],
-        picture: int,
+        grid: Grid,
         guard: Guard,
         stop: bool,
     ) -> None:
-        self._model, self._options, self._picture = model, call.options, picture
+        self._model, self._options, self._picture = model, call.options, grid.size
         self._guard, self._stop = guard, stop
         timestep, guidance = call.arguments["timestep"], call.arguments.get("guidance")
         concepts = look.tokens.pooled().to(call.x.device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...architectures import Family
 from ...concepts import ConceptTokens
+from ...geometry import Grid
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Look:
         spaces: what is scored, out of the reader's ``SPACES``.
         attend_image, attend_concepts: the keys of the concepts' attention (the paper's Table 3; both on is
             the method). With neither, a concept's output is its own value.
+        known: what readings of one run keep from call to call; None if the model's weights change meanwhile.
     """
 
     tokens: ConceptTokens
@@ -33,6 +35,7 @@ class Look:
     spaces: tuple[str, ...] = ("output",)
     attend_image: bool = True
     attend_concepts: bool = True
+    known: dict | None = None
 
 
 class ModelCall:
@@ -125,7 +128,7 @@ class Reading(Protocol):
     Args:
         model: the diffusion model.
         rows: the rows of the call whose concepts are scored, part by part.
-        picture: N, how many tokens the picture has in each row.
+        grid: the N tokens that the picture has in each row.
         stop: whether the call ends, by ``Complete``, when all has been read.
     """
 
@@ -138,7 +141,7 @@ class Reading(Protocol):
         call: ModelCall,
         look: Look,
         rows: Sequence[slice],
-        picture: int,
+        grid: Grid,
         guard: Guard,
         stop: bool,
     ) -> None: ...

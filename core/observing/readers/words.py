@@ -1,0 +1,250 @@
+"""Calls of any model, read by what its picture's queries make of a concept's key.
+
+Where text and picture do not attend to each other (cross-attention), a concept has no queries and no output.
+But the picture attends to words, and a concept is one more word, which only the observer sees: its key is
+made by the model's own layers, and its probability is what a patch would give it of its attention beside the
+words of the prompt. A concept that is a word of the prompt has its own probability: DAAM (Tang et al., What
+the DAAM, arXiv 2210.04885). Shapes: B rows, H heads of d features, N tokens of picture, T of text,
+K concepts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...architectures.family import WordsFamily
+from ...concepts import ConceptTokens
+from ...geometry import Grid
+from .embedding import embedded
+from .reading import Complete, Guard, Look, ModelCall, named, uncompiled
+
+# So many tokens of a picture at a time: for each the attention below is as large as the queries are.
+_TOKENS = 8192
+
+
+class WordReading:
+    """A ``Reading`` of a model's cross-attention layers.
+
+    Queries and keys are taken from the modules that make them, and not from an attention function: nodes that
+    replace the attention of a layer (IPAdapter) still use those.
+
+    A score is the sum over a layer's heads of probabilities, divided by the number of heads that layers have
+    on average: where all have as many, the mean over heads. Averages over layers are then DAAM's.
+    """
+
+    SPACES = ("probability",)
+
+    def __init__(
+        self,
+        family: WordsFamily,
+        model: nn.Module,
+        call: ModelCall,
+        look: Look,
+        rows: Sequence[slice],
+        grid: Grid,
+        guard: Guard,
+        stop: bool,
+    ) -> None:
+        self._family, self._look, self._rows, self._grid = family, look, rows, grid
+        self._model, self._call, self._options = model, call.arguments, call.options
+        self._guard, self._stop = guard, stop
+        self._layers = family.layers(model)
+        default = family.default_layers(model)
+        self._heads = sum(family.heads(self._layers[n]) for n in default) / len(default)
+        self._words = Words(look.tokens)
+        self._text = self._words.text(
+            embedded(family, model, call, self._words.sequences, self._layers[0], _context, look.known)
+        )
+        self._scores: dict[int, list[Tensor]] = {}
+
+    @property
+    def _complete(self) -> bool:
+        return len(self._scores) == len(self._look.layers)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[dict]:
+        with contextlib.ExitStack() as hooks:
+            for layer in self._look.layers:
+                module = self._layers[layer]
+                seen = _Layer(layer, uncompiled(module))
+                queries, keys = (
+                    module.get_submodule(n) for n in (self._family.queries, self._family.keys[-1])
+                )
+                for handle in (
+                    module.register_forward_pre_hook(seen.entered, with_kwargs=True),
+                    queries.register_forward_hook(seen.asked),
+                    keys.register_forward_hook(self._answered(seen)),
+                ):
+                    hooks.callback(handle.remove)
+            yield self._options
+
+    def _answered(self, seen: _Layer) -> Callable:
+        @torch.compiler.disable
+        def answered(module: nn.Module, args: tuple, keys: Tensor) -> None:
+            if self._guard.broken or seen.queries is None:
+                return
+            with self._guard:
+                self._scores[seen.number] = self._read(seen, keys)
+            seen.queries = None
+            if self._stop and self._complete:
+                raise Complete
+
+        return answered
+
+    def _read(self, seen: _Layer, keys: Tensor) -> list[Tensor]:
+        """For each part of the rows (B, K, N)."""
+        family, heads = self._family, self._family.heads(seen.module)
+        count = seen.queries.shape[1]
+        picture, grid = family.place(self._model, self._call, self._grid, count)
+        if picture.stop > count:
+            raise RuntimeError(
+                f"the attention of layer {seen.number} has {count} queries, which a picture of {grid.size} "
+                "tokens does not fit into"
+            )
+        own = family.key(seen.module, self._text.to(keys), seen.arguments)
+        found = []
+        for part in self._rows:
+            mask = family.mask(seen.arguments)
+            probabilities = self._words.probabilities(
+                _heads_first(seen.queries[part, picture], heads),
+                _heads_first(keys[part], heads),
+                _heads_first(own if len(own) == 1 else own[part], heads),
+                mask if mask is None or len(mask) == 1 else mask[part],
+            )
+            found.append(self._words.pooled(_on_grid(probabilities, grid, self._grid) / self._heads))
+        return found
+
+    def scores(self) -> list[dict[str, Tensor]]:
+        if not self._complete:
+            return []
+        layers = [self._scores[layer] for layer in self._look.layers]
+        return [{"probability": torch.stack(parts)} for parts in zip(*layers, strict=True)]
+
+
+class _Layer:
+    """A layer while it runs."""
+
+    def __init__(self, number: int, module: nn.Module) -> None:
+        self.number, self.module = number, module
+        self.arguments: dict = {}
+        self.queries: Tensor | None = None
+
+    def entered(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.arguments = named(self.module.forward, args, kwargs)
+
+    def asked(self, module: nn.Module, args: tuple, queries: Tensor) -> None:
+        self.queries = queries
+
+
+class Words:
+    """Which words a picture is read with: of a prompt that was given with the concepts, those that are
+    concepts; and the concepts that are not among them, each by itself one more word."""
+
+    def __init__(self, tokens: ConceptTokens) -> None:
+        self._prompt = tokens.prompt
+        places = ((),) * len(tokens.sequences) if tokens.prompt is None else tokens.prompt.words
+        self._places = places
+        self._more = [index for index, place in enumerate(places) if not place]
+        self._columns = sorted({row for place in places for row in place})
+        self._tokens = tokens
+        self.sequences = (*tokens.sequences, *(() if tokens.prompt is None else [tokens.prompt.sequence]))
+        """What is to be embedded, (T_k, C): each name, and the prompt if it was given."""
+
+    def text(self, embedded: Sequence[Tensor]) -> Tensor:
+        """What keys are made of (1, T + K', D): the prompt, if it was given, and the further words. Of
+        ``sequences`` as the model embeds them (T_k, D)."""
+        more = self._tokens.pooled(embedded[: len(self._places)])[self._more]
+        return (more if self._prompt is None else torch.cat([embedded[-1], more]))[None]
+
+    def probabilities(self, q: Tensor, k: Tensor, own: Tensor, mask: Tensor | None) -> Tensor:
+        """Of each token of picture (B, H, N, d) for each word, (B, H, N, W) float32: those of the prompt that
+        are part of concepts, then the further words.
+
+        Args:
+            k: the keys (B, H, T, d) of the prompt that the model was given, which ``mask`` is of.
+            own: those of ``text`` (1 or B, H, T + K', d).
+        """
+        own = own.expand(len(q), -1, -1, -1)
+        if self._prompt is not None:
+            count = own.shape[2] - len(self._more)
+            k, own, mask = own[:, :, :count], own[:, :, count:], None
+        return probabilities(q, k, own, self._columns, mask)
+
+    def pooled(self, words: Tensor) -> Tensor:
+        """Of the words (B, W, N), concepts (B, K, N): the mean of a concept's tokens, wherever the prompt has
+        it."""
+        found = [None] * len(self._places)
+        for index, place in enumerate(self._places):
+            if place:
+                found[index] = words[:, [self._columns.index(row) for row in place]].mean(1)
+            else:
+                found[index] = words[:, len(self._columns) + self._more.index(index)]
+        return torch.stack(found, 1)
+
+
+def probabilities(
+    q: Tensor, k: Tensor, own: Tensor, columns: Sequence[int], mask: Tensor | None = None
+) -> Tensor:
+    """How much of its attention each query (B, H, N, d) gives to single keys, (B, H, N, W) float32: to
+    ``columns`` of the keys ``k`` (B, H, T, d), which are all that there is, then to each of ``own``
+    (B, H, K, d), as if it alone was there too.
+
+    Args:
+        mask: of ``k``, as an attention function takes it: (B or 1, T), or with axes for heads and queries.
+    """
+    count, width = own.shape[2], q.shape[-1]
+    keys = torch.cat([k, own], 2)
+    if mask is not None:
+        mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
+        mask = F.pad(mask, (0, count), value=True if mask.dtype == torch.bool else 0.0)
+    # An attention whose values are ones and zeros gives the probabilities themselves, without the matrix of
+    # all of them. The last is what all of the keys ``k`` have together.
+    given = k.shape[2]
+    chosen = [*([column] for column in columns), *([given + i] for i in range(count)), range(given)]
+    found = []
+    for start in range(0, len(chosen), width):
+        some = chosen[start : start + width]
+        values = keys.new_zeros(keys.shape[2], width)
+        for column, rows in enumerate(some):
+            values[rows, column] = 1
+        values = values.expand(*keys.shape[:2], -1, -1)
+        parts = [
+            F.scaled_dot_product_attention(part, keys, values, attn_mask=_of_queries(mask, i * _TOKENS, part))
+            for i, part in enumerate(q.split(_TOKENS, 2))
+        ]
+        found.append(torch.cat([part[..., : len(some)].float() for part in parts], 2))
+    among, alone, rest = torch.cat(found, -1).split([len(columns), count, 1], -1)
+    rest = rest.clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.cat([among / rest, alone / (alone + rest)], -1)
+
+
+def _of_queries(mask: Tensor | None, start: int, queries: Tensor) -> Tensor | None:
+    if mask is None or mask.shape[-2] == 1:
+        return mask
+    return mask[..., start : start + queries.shape[2], :]
+
+
+def _on_grid(words: Tensor, grid: Grid, whole: Grid) -> Tensor:
+    """The sum over heads of (B, H, N, W), (B, W, N) on the grid of the whole picture. Coarser layers are
+    enlarged as DAAM does it: each head's map bicubic, and no less than 0."""
+    if grid == whole:
+        return words.sum(1).mT
+    maps = rearrange(words, "b h (f r c) w -> (b f) (h w) r c", f=grid.frames, r=grid.rows, c=grid.columns)
+    maps = F.interpolate(maps, size=tuple(whole[1:]), mode="bicubic", align_corners=False).clamp_min(0)
+    maps = rearrange(maps, "(b f) (h w) r c -> b h w (f r c)", f=grid.frames, w=words.shape[-1])
+    return maps.sum(1)
+
+
+def _heads_first(x: Tensor, heads: int) -> Tensor:
+    x = x if x.ndim == 4 else rearrange(x, "b l (h d) -> b l h d", h=heads)
+    return rearrange(x, "b l h d -> b h l d")
+
+
+def _context(arguments: dict, model: nn.Module, tokens: int) -> Tensor:
+    return arguments["context"]

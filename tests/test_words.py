@@ -1,0 +1,181 @@
+"""Models whose picture reads words by cross-attention: a concept is one more word, which only we see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_families import Beside, same
+from tiny_models import WORDS, Row, concepts_of, sample, tiny
+from torch import Tensor
+
+from concept_attention.core.architectures import family_of
+from concept_attention.core.concepts import ConceptTokens, Prompt
+from concept_attention.core.observing import observe as observe_module
+from concept_attention.core.observing.latents import recording_of
+from concept_attention.core.observing.observe import WhatToRecord, observe
+from concept_attention.core.observing.readers import words as words_module
+from concept_attention.core.observing.readers.words import WordReading, probabilities
+from concept_attention.core.reading.maps import concept_maps
+
+
+@pytest.fixture(params=WORDS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def row(name) -> Row:
+    return WORDS[name]
+
+
+@pytest.fixture
+def model(name):
+    return tiny(name)
+
+
+def family(model):
+    return family_of(model.model.diffusion_model)
+
+
+def every_layer(model) -> range:
+    return range(len(family(model).layers(model.model.diffusion_model)))
+
+
+def watched(model, row: Row, tokens: ConceptTokens | None = None, **options):
+    tokens = tokens or row.concept_tokens()
+    return observe(model, WhatToRecord(concepts_of(len(tokens.sequences)), tokens, **options))
+
+
+def prompt_as_concepts(row: Row) -> ConceptTokens:
+    """The tokens of the prompt, each a concept, with the prompt that they are words of."""
+    context = row.conditioning(2)[0][0][0]
+    return replace(
+        ConceptTokens.single(context), prompt=Prompt(context, tuple((i,) for i in range(len(context))))
+    )
+
+
+class Reading(WordReading):
+    """Keeps, of each layer, the queries and keys of the model's own attention, and the words' keys."""
+
+    def _read(self, seen, keys):
+        module = seen.module
+        self.layers.append(
+            (seen.number, seen.queries, keys, self._family.key(module, self._text, seen.arguments))
+        )
+        self.masks.append(self._family.mask(seen.arguments))
+        return super()._read(seen, keys)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    def run(model, row, tokens=None, **options) -> list:
+        calls: list = []
+
+        def reading(*args):
+            call = Reading(*args)
+            call.layers, call.masks = [], []
+            calls.append(call)
+            return call
+
+        reading.SPACES = WordReading.SPACES
+        monkeypatch.setattr(observe_module, "reading_of", lambda family: reading)
+        sample(watched(model, row, tokens, layers=every_layer(model)), row, **options)
+        assert calls
+        assert not any(call._guard.broken for call in calls)
+        return calls
+
+    return run
+
+
+def relative(ours: Tensor, expected: Tensor) -> float:
+    return float((ours.double() - expected.double()).norm() / expected.double().norm())
+
+
+def test_a_row_is_of_its_family(model, row):
+    assert family(model).name == row.family
+
+
+@pytest.mark.parametrize("cfg,batch", [(1.0, 1), (3.0, 2)])
+def test_the_picture_stays_the_same_to_the_last_bit(model, row, cfg, batch):
+    batch = min(batch, row.batch)
+    plain = sample(model, row, cfg=cfg, batch=batch)
+    samples = sample(watched(model, row), row, cfg=cfg, batch=batch)
+    assert same(samples, plain)
+    recording = recording_of({"samples": samples})
+    grid = family(model).grid(
+        model.model.diffusion_model, row.empty() if row.sound is None else row.empty().unbind()[0]
+    )
+    shape = (len(every_layer(model)), batch * grid.frames, 3, grid.rows, grid.columns)
+    assert [s.shape for s in recording.scores["probability"]] == [shape] * 2
+    assert all(s.min() >= 0 and s.max() <= 2 for s in recording.scores["probability"])
+    assert torch.allclose(concept_maps(recording).values.sum(1), torch.ones(()), atol=1e-5)
+
+
+def test_keys_of_the_prompts_words_are_the_models_own(model, row, read):
+    for call in read(model, row, prompt_as_concepts(row), batch=row.batch, cfg=1.0, steps=1):
+        assert [number for number, *_ in call.layers] == list(every_layer(model))
+        for _, _, keys, own in call.layers:
+            count = own.shape[1]
+            assert relative(own.expand_as(keys[:, :count]), keys[:, :count]) <= 1e-6
+
+
+def test_words_of_the_prompt_have_the_models_own_probabilities(model, row, read, monkeypatch):
+    seen = []
+    on_grid = words_module._on_grid
+    monkeypatch.setattr(words_module, "_on_grid", lambda p, *rest: (seen.append(p), on_grid(p, *rest))[1])
+    (call,) = read(model, row, prompt_as_concepts(row), steps=1)
+    for (_, queries, keys, _), mask, ours in zip(call.layers, call.masks, seen, strict=True):
+        if mask is not None:
+            continue  # the prompt as it is given with the concepts has no padding
+        heads = ours.shape[1]
+        q, k = (t.reshape(*t.shape[:2], heads, -1).double() for t in (queries, keys))
+        expected = torch.einsum("bnhd,bthd->bhnt", q, k).mul(q.shape[-1] ** -0.5).softmax(-1)
+        picture = slice(expected.shape[2] - ours.shape[2], None)
+        assert relative(ours, expected[:, :, picture, : ours.shape[-1]]) <= 1e-5
+
+
+def test_maps_follow_their_names_into_another_order(model, row):
+    tokens = row.concept_tokens()
+    order = [2, 0, 1]
+    other = ConceptTokens(
+        *(tuple(values[i] for i in order) for values in (tokens.sequences, tokens.spans, tokens.lengths)),
+        tokens.pooling,
+    )
+    runs = (sample(watched(model, row, t), row) for t in (tokens, other))
+    first, second = (recording_of({"samples": samples}).scores["probability"][-1] for samples in runs)
+    assert relative(second, first[:, :, order]) <= 1e-5
+    assert relative(first[:, :, 0], first[:, :, 1]) > 1e-4, "names differ"
+
+
+def test_another_nodes_attention_is_called_as_often_as_without(model, row):
+    calls = []
+    for observed in (model, watched(model, row)):
+        beside = Beside()
+        patched = observed.clone()
+        patched.model_options["transformer_options"]["optimized_attention_override"] = beside
+        calls.append((sample(patched, row), beside.calls))
+    assert same(calls[0][0], calls[1][0])
+    assert calls[0][1] == calls[1][1] > 0
+
+
+def test_no_hook_stays_behind(model, row):
+    sample(watched(model, row), row, steps=1)
+    modules = list(model.model.diffusion_model.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in modules)
+
+
+def test_probabilities_are_those_of_a_softmax_in_float64():
+    g = torch.Generator().manual_seed(0)
+    q, k, own = (3 * torch.randn(2, 3, n, 8, generator=g) for n in (40, 7, 11))
+    mask = torch.zeros(2, 1, 1, 7).masked_fill(torch.rand(2, 1, 1, 7, generator=g) < 0.3, -1e4)
+    for given in (None, mask):
+        ours = probabilities(q, k, own, [1, 5], given)
+        logits = torch.einsum("bhnd,bhtd->bhnt", q.double(), k.double()) * 8**-0.5
+        logits = logits if given is None else logits + given
+        assert relative(ours[..., :2], logits.softmax(-1)[..., [1, 5]]) <= 1e-6
+        for i in range(11):
+            one = torch.einsum("bhnd,bhd->bhn", q.double(), own[:, :, i].double()) * 8**-0.5
+            expected = torch.cat([logits, one[..., None]], -1).softmax(-1)[..., -1]
+            assert relative(ours[..., 2 + i], expected) <= 1e-6
