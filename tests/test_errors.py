@@ -108,7 +108,7 @@ class Holder(torch.nn.Module):
         self.diffusion_model = diffusion_model
 
 
-def unet() -> torch.nn.Module:
+def video_unet() -> torch.nn.Module:
     return openaimodel.UNetModel(
         image_size=8,
         in_channels=4,
@@ -122,6 +122,9 @@ def unet() -> torch.nn.Module:
         transformer_depth_middle=1,
         transformer_depth_output=[1, 1],
         context_dim=32,
+        use_temporal_attention=True,
+        use_temporal_resblock=True,
+        video_kernel_size=[3, 1, 1],
         operations=comfy.ops.disable_weight_init,
     )
 
@@ -154,7 +157,7 @@ def patcher(diffusion_model: torch.nn.Module) -> ModelPatcher:
 
 
 UNSUPPORTED = {
-    "SD1.5": (unet, "openaimodel.UNetModel"),
+    "Stable Video Diffusion": (video_unet, "openaimodel.UNetModel"),
     "another model of Flux's class": (lambda: flux(patch_size=4), "flux.model.Flux"),
 }
 
@@ -292,7 +295,7 @@ def test_a_run_that_could_not_be_recorded_says_why(model, clip):
 def test_a_space_that_was_not_recorded(model, clip, latent, space):
     with pytest.raises(ValueError, match=f'The space "{space}" was not recorded, only: output') as error:
         saliency(latent, space=space)
-    says(error, "Switch it on in Concept Attention")
+    says(error, "switch it on in Concept Attention")
     widget = {"record_" + space.replace("-", "_"): True}
     recorded = {"samples": sample(attend(model, clip, **widget))}
     assert saliency(recorded, space=space)[1].shape == (2, 96, 128)
