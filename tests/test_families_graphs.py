@@ -14,6 +14,7 @@ import comfy_extras.nodes_flux as flux_nodes
 import comfy_extras.nodes_nag as nag
 import comfy_extras.nodes_slg as slg
 import comfy_extras.nodes_torch_compile as torch_compile
+import comfy_extras.nodes_video_model as video_nodes
 import node_helpers
 import pytest
 import torch
@@ -190,6 +191,43 @@ def test_an_area_counts_where_it_lies(model, row):
     inside[..., 1:3, 2:4] = True
     assert relative(scores[~inside], alone[~inside]) <= TOLERANCE
     assert relative(scores[inside], alone[inside]) > 1e-3
+
+
+def in_percent(conditioning: list, row: Row, sizes: tuple[int, ...], begins: tuple[int, ...]) -> list:
+    """What ConditioningSetAreaPercentage, for a video ConditioningSetAreaPercentageVideo, makes of a prompt: an
+    area of so many latent pixels along each axis."""
+    sizes, begins = (
+        [length / whole for length, whole in zip(lengths, row.latent[1:], strict=True)]
+        for lengths in (sizes, begins)
+    )
+    if len(sizes) == 2:
+        (height, width), (y, x) = sizes, begins
+        return nodes.ConditioningSetAreaPercentage().append(conditioning, width, height, x, y, 1.0)[0]
+    (frames, height, width), (z, y, x) = sizes, begins
+    place = (width, height, frames, x, y, z)
+    return video_nodes.ConditioningSetAreaPercentageVideo().append(conditioning, *place, 1.0)[0]
+
+
+# ComfyUI takes the node for pictures with latents of pictures alone, not with those of one frame.
+@pytest.mark.parametrize("name", ["sd35_medium", "z_image", "cogvideox", "hunyuan_video", "mochi"])
+def test_an_area_in_percent_is_the_mean_of_two_prompts_where_it_lies(model, row):
+    patch = tuple(family_of(model.model.diffusion_model).patch(model.model.diffusion_model))
+    axes = len(row.latent) - 1
+    cells, first = (2, 2, 2)[-axes:], (1, 1, 2)[-axes:]
+    sizes, begins = (
+        tuple(n * size for n, size in zip(numbers, patch[-axes:], strict=True)) for numbers in (cells, first)
+    )
+    positive = row.conditioning(2) + in_percent(row.conditioning(4), row, sizes, begins)
+    scores = first_scores(both(model, row, positive=positive, cfg=3.0))
+
+    place = tuple(slice(b, b + n) for b, n in zip(begins, sizes, strict=True))
+    tile = replace(row, latent=(row.latent[0], *sizes))
+    noise = row.noise()[(..., *place)]
+    inside = first_scores(sample(observed(model, tile), tile, noise=noise, positive=row.conditioning(4)))
+    expected = first_scores(sample(observed(model, row), row)).clone()
+    at = (slice(None), slice(1, 3) if axes == 3 else slice(None), slice(None), slice(1, 3), slice(2, 4))
+    expected[at] = (expected[at] + inside) / 2
+    assert relative(scores, expected) <= TOLERANCE
 
 
 def masked(row: Row, seed: int, mask: Tensor) -> list:

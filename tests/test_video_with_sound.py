@@ -9,8 +9,10 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
+from comfy_extras.nodes_video_model import ConditioningSetAreaPercentageVideo
 from tiny_models import ROWS, concepts_of, sample, tiny
 
+import nodes
 from concept_attention.core.observing.image import observe_image
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import WhatToRecord, observe
@@ -24,9 +26,12 @@ def _model():
     tiny("minimax_h3")  # skips where there is none
 
 
+def observed(concepts: int = 3) -> ModelPatcher:
+    return observe(tiny("minimax_h3"), WhatToRecord(concepts_of(concepts), ROW.concept_tokens(concepts)))
+
+
 def sampled(concepts: int = 3, **options) -> NestedTensor:
-    model = observe(tiny("minimax_h3"), WhatToRecord(concepts_of(concepts), ROW.concept_tokens(concepts)))
-    return sample(model, ROW, steps=1, **options)
+    return sample(observed(concepts), ROW, steps=1, **options)
 
 
 def test_of_runs_that_made_the_same_video_each_latent_has_its_own_recording():
@@ -60,6 +65,40 @@ def test_conditionings_count_by_their_strength():
         recording_of({"samples": sampled(positive=positive)}).scores["output"][0] for positive in runs
     )
     assert torch.allclose(mean, 0.75 * one + 0.25 * two, atol=1e-5)
+
+
+def placed(node: str, seed: int = 2) -> list:
+    """A prompt that a node gives a place in the picture."""
+    prompt = ROW.conditioning(seed)
+    if node == "ConditioningSetArea":
+        return nodes.ConditioningSetArea().append(prompt, width=64, height=64, x=0, y=0, strength=1.0)[0]
+    if node == "ConditioningSetMask":
+        return nodes.ConditioningSetMask().append(prompt, torch.ones(1, 5, 8), "default", 1.0)[0]
+    half = 0.5 if node == "half of the frames" else 1.0
+    whole = ConditioningSetAreaPercentageVideo()
+    return whole.append(prompt, 0.5, 0.5, half, 0.5, 0.5, 0.0, 2.0)[0]
+
+
+@pytest.mark.parametrize("node", ["ConditioningSetArea", "ConditioningSetMask", "half of the frames"])
+def test_places_that_comfyui_does_not_find_in_a_packed_latent_fail_as_they_do_unobserved(node):
+    errors = []
+    for model in (tiny("minimax_h3"), observed()):
+        with pytest.raises((IndexError, RuntimeError)) as error:
+            sample(model, ROW, steps=1, positive=placed(node))
+        errors.append((error.type, str(error.value)))
+    assert errors[0] == errors[1]
+
+
+def test_a_place_that_comfyui_takes_for_the_whole_packed_latent_is_recorded_as_that():
+    positive = placed("all frames") + ROW.conditioning(4)
+    samples = sampled(positive=positive)
+    plain = sample(tiny("minimax_h3"), ROW, steps=1, positive=positive)
+    assert all(torch.equal(*parts) for parts in zip(samples.unbind(), plain.unbind(), strict=True))
+    mean, one, two = (
+        recording_of({"samples": s}).scores["output"][0]
+        for s in (samples, *(sampled(positive=ROW.conditioning(seed)) for seed in (2, 4)))
+    )
+    assert torch.allclose(mean, (2 * one + two) / 3, atol=1e-5)
 
 
 def test_concepts_are_text_beside_a_prompt_with_pictures_in_it():
