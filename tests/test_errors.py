@@ -123,6 +123,7 @@ def video_unet() -> torch.nn.Module:
         transformer_depth_output=[1, 1],
         context_dim=32,
         use_temporal_attention=True,
+        merge_strategy="learned_with_images",
         use_temporal_resblock=True,
         video_kernel_size=[3, 1, 1],
         operations=comfy.ops.disable_weight_init,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..concepts import Concepts
 from ..observing.recorder import Recorder
-from ..reading.maps import MeanWhereSeen
+from ..reading.maps import MeanWhereSeen, competing
 
 INTERVAL = 0.35
 
@@ -57,7 +57,7 @@ class LiveMaps:
         if not scores:
             return
         for evaluation in scores:
-            so_far.mean.add(evaluation[:, 0].softmax(1).mean(0))
+            so_far.mean.add(competing(evaluation[:, 0], recorder.space, 1.0, 1).mean(0))
             so_far.count += 1
         values = so_far.mean.value.nan_to_num(0)
         self._send(MapsSoFar(values, recorder.concepts, recorder.coverage, so_far.count))

@@ -119,6 +119,12 @@ class Recorder:
         """Whether the sampler has evaluated the model."""
         return bool(self._evaluations)
 
+    @property
+    def space(self) -> str | None:
+        """The first of those recorded, if there is any yet."""
+        passes = (recorded for evaluation in self._evaluations for recorded in evaluation.passes)
+        return next((next(iter(recorded.scores)) for recorded in passes), None)
+
     def evaluation(self, sigma: Tensor) -> Evaluation:
         evaluation = Evaluation(self, sigma, armed=len(self._evaluations) % self._every == 0)
         self._evaluations.append(evaluation)
