@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import comfy.hooks
 import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
@@ -18,7 +19,7 @@ from concept_attention.core.geometry import Grid
 from concept_attention.core.observing import observe as observe_module
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import WhatToRecord, observe
-from concept_attention.core.observing.readers import reading_of
+from concept_attention.core.observing.readers import embedding, reading_of
 from concept_attention.core.observing.readers.blocks import BlockReading
 from concept_attention.core.observing.readers.embedding import embedded
 from concept_attention.core.observing.recording import RecordingError
@@ -224,6 +225,11 @@ def test_names_are_embedded_beside_one_token_of_the_picture(model, row, read, mo
     assert set(pictures) == {1}
 
 
+def test_a_text_becomes_the_same_at_every_noise_level_unless_its_family_says_otherwise(model, row, read):
+    first, second = read(Embedding, model, row, batch=1, steps=2)
+    assert torch.equal(first.embedded, second.embedded) != family(model).timed
+
+
 def _rows(out: Tensor) -> Tensor:
     return out if out.ndim == 3 else rearrange(out, "b h l d -> b l (h d)")
 
@@ -357,3 +363,22 @@ def test_a_picture_beside_hidreams_own_is_told_apart():
 
 def _latent(g: torch.Generator) -> Tensor:
     return torch.randn(1, 16, 7, 10, generator=g)
+
+
+@pytest.mark.parametrize("hooked,times", [(False, 1), (True, 3)])
+def test_concepts_are_embedded_once_in_a_run_unless_weights_change_in_it(monkeypatch, hooked, times):
+    calls = []
+    left = embedding._at_the_first_layer
+    monkeypatch.setattr(embedding, "_at_the_first_layer", lambda *a: (calls.append(a), left(*a))[1])
+    model, row = tiny("z_image"), ROWS["z_image"]
+    positive = row.conditioning(2)
+    if hooked:
+        key = "diffusion_model.layers.0.attention.qkv.weight"
+        shape = model.model.state_dict()[key].shape
+        lora = {f"{key.removesuffix('.weight')}.diff": torch.ones(shape)}
+        hooks = comfy.hooks.create_hook_lora(lora, strength_model=0.01, strength_clip=0.0)
+        positive = comfy.hooks.set_hooks_for_conditioning(positive, hooks=hooks)
+    tokens = ConceptTokens.single(torch.randn(3, row.width))
+    samples = sample(watched(model, row, tokens), row, steps=3, positive=positive)
+    assert len(recording_of({"samples": samples}).sigmas) == 3
+    assert len(calls) == times

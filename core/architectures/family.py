@@ -35,8 +35,8 @@ class Family:
     """Whether the model may take a guidance value (FluxGuidance)."""
     batched: ClassVar[bool] = True
     """Whether a call of the model may have more than one row."""
-    timeless: ClassVar[bool] = False
-    """Whether a text becomes the same before the first layer at every noise level."""
+    timed: ClassVar[bool] = False
+    """Whether what a text is before the first layer depends on the noise level."""
     may_stop: ClassVar[bool] = True
     """Whether a call of the model may be left after the last recorded block."""
     frame_length: ClassVar[int] = 1

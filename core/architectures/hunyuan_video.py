@@ -21,6 +21,7 @@ class HunyuanVideo(FluxBlocks):
     causal = True
     guidance = True
     frame_length = 4
+    timed = True
 
     def token_width(self, model: nn.Module) -> int:
         return model.params.context_in_dim

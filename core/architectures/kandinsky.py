@@ -17,6 +17,7 @@ class Kandinsky5(WordsFamily):
     loader = 'DualCLIPLoader, type "kandinsky5": Qwen2.5-VL and CLIP-L'
     causal = True
     frame_length = 4
+    timed = True
     queries = "query_norm"
     keys = ("to_key", "key_norm")
 

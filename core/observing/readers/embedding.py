@@ -49,7 +49,7 @@ def embedded(
         known: see ``Look``; in one run the sequences are the same.
     """
     given = call.arguments.get("context", call.arguments.get("c_crossattn"))
-    if known is not None and family.timeless:
+    if known is not None and not family.timed:
         key = ("embedded", given.device, given.dtype)
         if key not in known:
             known[key] = embedded(family, model, call, sequences, first, text)
