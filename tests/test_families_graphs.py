@@ -194,8 +194,8 @@ def test_an_area_counts_where_it_lies(model, row):
 
 
 def in_percent(conditioning: list, row: Row, sizes: tuple[int, ...], begins: tuple[int, ...]) -> list:
-    """What ConditioningSetAreaPercentage, for a video ConditioningSetAreaPercentageVideo, makes of a prompt: an
-    area of so many latent pixels along each axis."""
+    """What ConditioningSetAreaPercentage, for a video ConditioningSetAreaPercentageVideo, makes of a prompt:
+    an area of so many latent pixels along each axis."""
     sizes, begins = (
         [length / whole for length, whole in zip(lengths, row.latent[1:], strict=True)]
         for lengths in (sizes, begins)
