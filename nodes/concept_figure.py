@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..core.concepts import split_names
-from ..core.drawing.figures import concepts_figure, layers_figures
+from ..core.drawing.figures import concepts_figure, frames_figure, layers_figures
 from ..core.drawing.render import COLOUR_MAPS, figure_image, images_of
 from ..core.observing.recording import parse_layers
 from .limits import within_limits
@@ -73,8 +73,21 @@ class ConceptFigure(io.ComfyNode):
                     tooltip="Also save the figure in this format, beside the PNG.",
                 ),
                 io.String.Input("filename_prefix", default="figures/concepts"),
+                io.Int.Input(
+                    "frames",
+                    default=6,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    tooltip=(
+                        "Of a video: so many of its frames, evenly spaced. Side by side, or each with a "
+                        "figure of layers and steps."
+                    ),
+                ),
             ],
-            outputs=[io.Image.Output(tooltip="One figure for each image, and for each concept if asked.")],
+            outputs=[
+                io.Image.Output(tooltip="One figure for each image or video, and for each concept if asked.")
+            ],
             is_output_node=True,
         )
 
@@ -90,12 +103,18 @@ class ConceptFigure(io.ComfyNode):
         vector: str,
         filename_prefix: str,
         image: torch.Tensor | None = None,
+        frames: int = 6,
     ) -> io.NodeOutput:
         style = {"title": title, "colour_map": colour_map}
-        batch = range(len(maps.values))
+        batch = range(maps.recording.batch)
         if layout["layout"] == "concepts":
-            images = [None] * len(batch) if image is None else images_of(maps, image)
-            figures = (concepts_figure(maps, i, images[i], **style) for i in batch)
+            images = None if image is None else images_of(maps, image)
+            if len(maps.of_frames) > len(batch):
+                figures = (frames_figure(maps, i, images, columns=frames, **style) for i in batch)
+            else:
+                figures = (
+                    concepts_figure(maps, i, None if images is None else images[i], **style) for i in batch
+                )
         else:
             recording = maps.recording
             layers = parse_layers(
@@ -109,7 +128,7 @@ class ConceptFigure(io.ComfyNode):
                 bar.update_absolute(done, total)
 
             figures = layers_figures(
-                maps, names, layers=layers, columns=layout["steps"], progress=progress, **style
+                maps, names, layers=layers, columns=layout["steps"], frames=frames, progress=progress, **style
             )
         pictures, vectors = [], []
         for figure in figures:  # one at a time: each has large maps

@@ -67,7 +67,8 @@ class ConceptMask(io.ComfyNode):
                     tooltip=(
                         "argmax: where the concept wins over all others, background included. "
                         "mean: above the map's mean, as in the paper. otsu: above the threshold that parts "
-                        "the map best. fixed: above a value. top fraction: the highest part of the image."
+                        "the map best. fixed: above a value. top fraction: the highest part of the image. A "
+                        "video has one threshold for all its frames."
                     ),
                 ),
                 io.Boolean.Input(
@@ -75,14 +76,22 @@ class ConceptMask(io.ComfyNode):
                     default=False,
                     tooltip="Inside the mask, keep the map's values instead of 1.",
                 ),
-                io.Boolean.Input("fill_holes", default=False, tooltip="Include what the mask encloses."),
+                io.Boolean.Input(
+                    "fill_holes",
+                    default=False,
+                    tooltip="Include what the mask encloses; of a video, in each frame.",
+                ),
                 io.Float.Input(
                     "smallest_area",
                     default=0.0,
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Drop connected parts smaller than this share of the image.",
+                    tooltip=(
+                        "Drop connected parts smaller than this share of the image. In a video parts go on "
+                        "from frame to frame, and the share is of all frames: what is there only briefly is "
+                        "dropped too."
+                    ),
                 ),
                 io.Int.Input("grow", default=0, min=-512, max=512, tooltip="In pixels; negative shrinks."),
                 io.Float.Input(
@@ -168,6 +177,7 @@ class ConceptMask(io.ComfyNode):
             maps,
             names,
             combine=combine,
+            count=None if image is None else len(image),
             size=None if image is None else tuple(image.shape[1:3]),
             guide=image if refine else None,
             method=method["method"],
@@ -183,8 +193,6 @@ class ConceptMask(io.ComfyNode):
         missing -= {maps.index(part.concept) for parts in found for part in parts}
         for index in sorted(missing):
             logging.warning('Concept Mask found no "%s".', maps.concepts.all[index])
-        if image is not None and len(found) < len(image):  # frames that share one map
-            masks, found = masks.expand(len(image), -1, -1, -1), found * len(image)
         boxes = [
             [
                 dict(zip(("x", "y", "width", "height"), part.box, strict=True))

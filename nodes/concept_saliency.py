@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import io
 
-from ..core.drawing.render import heatmap_images
+from ..core.drawing.render import heatmap_images, heatmap_size
 from ..core.observing.latents import recording_of
 from ..core.observing.recording import AVERAGES, parse_layers
-from ..core.reading.maps import GROUNDINGS, ConceptMaps, concept_maps, upscale
+from ..core.reading.maps import BETWEEN_FRAMES, GROUNDINGS, ConceptMaps, concept_maps, upscale
 from .limits import within_limits
 from .search import EXPLANATION, HEATMAPS
 from .types import CATEGORY, ConceptMapsType
@@ -97,16 +99,32 @@ class ConceptSaliency(io.ComfyNode):
                         "temperature of 1000."
                     ),
                 ),
+                io.Combo.Input(
+                    "between_frames",
+                    options=list(BETWEEN_FRAMES),
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Of a video, most models see several frames as one. linear: what they show moves "
+                        "evenly from one map to the next. hold: they all show the same map."
+                    ),
+                ),
             ],
             outputs=[
                 ConceptMapsType.Output(display_name="maps"),
                 io.Mask.Output(
                     display_name="masks",
-                    tooltip="Soft masks: for each image, one per concept in the order of the list.",
+                    tooltip=(
+                        "Soft masks: for each image or frame of a video, one per concept in the order of the "
+                        "list."
+                    ),
                 ),
                 io.Image.Output(
                     display_name="heatmaps",
-                    tooltip="For each image, one per concept, all on one scale from 0 to the highest value.",
+                    tooltip=(
+                        "For each image or frame, one per concept, all of an image or video on one scale "
+                        "from 0 to the highest value."
+                    ),
                 ),
             ],
         )
@@ -125,6 +143,7 @@ class ConceptSaliency(io.ComfyNode):
         grounding: str = GROUNDINGS[0],
         names: bool = True,
         average: str = AVERAGES[0],
+        between_frames: str = BETWEEN_FRAMES[0],
     ) -> io.NodeOutput:
         recording = latent.recording if isinstance(latent, ConceptMaps) else recording_of(latent)
         chosen = parse_layers(layers, recording.layers, recording.default_layers, recording.left_out)
@@ -137,8 +156,21 @@ class ConceptSaliency(io.ComfyNode):
             temperature=temperature,
             grounding=grounding,
             average=average,
+            between_frames=between_frames,
         )
         concepts = maps.concepts.names
-        shown = upscale(maps.values[:, : len(concepts)], maps.image_size, maps.coverage)
-        heatmaps = heatmap_images(shown, concepts if names else ())
-        return io.NodeOutput(maps, shown.flatten(0, 1), heatmaps.flatten(0, 1))
+        shown = maps.shown()[:, :, : len(concepts)]
+        values, frames = shown.flatten(0, 1), shown.shape[1]
+        masks = upscale(values, maps.image_size, maps.coverage)
+        size = heatmap_size(maps)
+        if size != maps.image_size:
+            logging.info(
+                "Concept Saliency: heatmaps of %d x %d pixels, as %d of the video's %d x %d would fill the "
+                "memory. Concept Overlay makes those of single concepts at any size.",
+                *size[::-1],
+                len(values) * len(concepts),
+                *maps.image_size[::-1],
+            )
+        smaller = masks if size == maps.image_size else upscale(values, size, maps.coverage)
+        heatmaps = heatmap_images(smaller, concepts if names else (), frames)
+        return io.NodeOutput(maps, masks.flatten(0, 1), heatmaps.flatten(0, 1))

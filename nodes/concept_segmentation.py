@@ -74,9 +74,8 @@ class ConceptSegmentation(io.ComfyNode):
             labels = segment(maps, floor=unassigned_below)
         else:
             image = images_of(maps, image)
-            guide = image if refine else None
-            labels = segment(maps, tuple(image.shape[1:3]), unassigned_below, guide)
-            labels = labels.expand(len(image), -1, -1)
+            guide, size = image if refine else None, tuple(image.shape[1:3])
+            labels = segment(maps, size, unassigned_below, guide, len(image))
         masks = label_masks(labels, len(names))
         for name, found in zip(names, masks.any(3).any(2).any(0), strict=True):
             if not found:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reading.maps import ConceptMaps, concept_maps, upscale
-from .render import matplotlib, shortened, text_style
+from .render import matplotlib, shortened, text_style, text_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +26,7 @@ _LINE = 0.17
 _LINE_WIDTH = 0.5
 _PIXELS = 512  # longer side of a map in a figure
 _COLUMNS = 6  # concepts in a row, at most
+_LABEL = 1.2  # the longest name beside a row
 
 
 class _Sheet:
@@ -133,26 +134,85 @@ def concepts_figure(
     return sheet.figure
 
 
+def frames_figure(
+    maps: ConceptMaps,
+    index: int = 0,
+    images: Tensor | None = None,
+    *,
+    columns: int = 6,
+    title: str = "",
+    colour_map: str = "magma",
+) -> Figure:
+    """The concepts of video ``index`` (rows) through its frames (columns), all on one scale from 0 to the
+    highest value of any, with a colour bar.
+
+    Args:
+        images: the first row, if given: the frames of all videos, see ``ConceptMaps.shown``.
+        columns: at most as many frames, evenly spaced.
+    """
+    names = maps.concepts.names
+    videos = maps.shown(None if images is None else len(images))
+    frames = _spaced(videos.shape[1], columns)
+    planes = _planes(maps, videos[index, frames][:, : len(names)].flatten(0, 1))
+    norm, measure = _scale(maps, planes.max())
+    fitted = [shortened(name, 72 * _LABEL, _TEXT) for name in names]
+    rows = list(
+        zip(fitted, planes.reshape(len(frames), len(names), *planes.shape[1:]).swapaxes(0, 1), strict=True)
+    )
+    if images is not None:
+        of_video = images.split(videos.shape[1])[index]
+        rows.insert(0, ("", of_video[frames].cpu().float().numpy()))
+    sheet = _Sheet(
+        len(rows),
+        len(frames),
+        _fit(maps.image_size, 1.2),
+        title=title,
+        header=1.2 * _LINE,
+        between=_GAP,
+        left=_GAP + max(text_width(name, _TEXT) for name in fitted) / 72,
+    )
+    for row, (name, pictures) in enumerate(rows):
+        for column, (frame, picture) in enumerate(zip(frames, pictures, strict=True)):
+            above = _frame(maps, frame) if row == 0 else ""
+            axes = sheet.panel(row, column, picture, above, norm=norm, cmap=colour_map)
+            if column == 0:
+                axes.set_ylabel(name, rotation="horizontal", ha="right", va="center", **text_style(_TEXT))
+    sheet.colour_bar(norm, colour_map, measure)
+    return sheet.figure
+
+
+def _frame(maps: ConceptMaps, number: int) -> str:
+    return f"{'frame' if maps.recording.timed else 'layer'} {number}"
+
+
+def _spaced(count: int, most: int) -> list[int]:
+    """At most ``most`` of the numbers below ``count``, evenly spaced, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(most, count)).round().int().tolist()
+
+
 def layers_figures(
     maps: ConceptMaps,
     names: Sequence[str],
     *,
     layers: Sequence[int] | None = None,
     columns: int = 6,
+    frames: int = 6,
     title: str = "",
     colour_map: str = "magma",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Figure]:
-    """For each image the figures of these concepts, one after the other: the concept's maps by layer (rows)
-    and step (columns), all on one scale (the paper's figures 6 and 7). Each map is made as ``maps`` were, but
-    from that layer and step alone.
+    """For each image, or frame of a video, the figures of these concepts, one after the other: the concept's
+    maps by layer (rows) and step (columns), all on one scale (the paper's figures 6 and 7). Each map is made
+    as ``maps`` were, but from that layer and step alone.
 
     Args:
         layers: all that were recorded by default.
         columns: at most as many of the steps that ``maps`` were made from, evenly spaced.
+        frames: at most as many of the frames of a video, evenly spaced.
         title: the concept's name by default.
         progress: called now and then with what is done and what there is to do, counted in panels: each is
-            made once for all concepts of an image, and drawn, by who takes the figures, for each of them.
+            made once for all concepts of an image or video, and drawn, by who takes the figures, for each of
+            them.
 
     Raises:
         ValueError: there is no such concept, or a layer was not recorded.
@@ -160,33 +220,36 @@ def layers_figures(
     concepts = [maps.index(name) for name in names]
     recording = maps.recording
     layers = recording.layers if layers is None else layers
-    spaced = torch.linspace(0, len(maps.steps) - 1, min(columns, len(maps.steps))).round().int().tolist()
-    steps = [maps.steps[i] for i in spaced]
+    steps = [maps.steps[i] for i in _spaced(len(maps.steps), columns)]
     choice = {
         "softmax": maps.softmax,
         "temperature": maps.temperature,
         "grounding": maps.grounding,
         "average": maps.average,
+        "between_frames": maps.between_frames,
     }
     panels = [(layer, step) for layer in layers for step in steps]
-    done, total = 0, len(maps.values) * len(panels) * (1 + len(concepts))
-    for index in range(len(maps.values)):
-        scores = {
-            space: tuple(s[:, index : index + 1] for s in each) for space, each in recording.scores.items()
-        }
+    shown = _spaced(maps.shown().shape[1], frames)
+    done, total = 0, recording.batch * len(panels) * (1 + len(shown) * len(concepts))
+    for video in range(recording.batch):
+        pictures = slice(video * recording.frames, (video + 1) * recording.frames)
+        scores = {space: tuple(s[:, pictures] for s in each) for space, each in recording.scores.items()}
         alone = replace(recording, scores=scores)
         values = []
         for layer, step in panels:
             progress(done, total)
             made = concept_maps(alone, space=maps.space, layers=[layer], steps=[step], **choice)
-            values.append(made.values[0])
+            values.append(made.shown()[0, shown])
             done += 1
-        for concept in concepts:
-            progress(done, total)
-            planes = torch.stack([panel[concept] for panel in values])
-            heading = title or maps.concepts.all[concept]
-            yield _layers_figure(maps, planes, layers, steps, heading, colour_map)
-            done += len(panels)
+        for frame, number in enumerate(shown):
+            for concept in concepts:
+                progress(done, total)
+                planes = torch.stack([panel[frame, concept] for panel in values])
+                heading = title or maps.concepts.all[concept]
+                if recording.frames > 1:
+                    heading += f", {_frame(maps, number)}"
+                yield _layers_figure(maps, planes, layers, steps, heading, colour_map)
+                done += len(panels)
     progress(done, total)
 
 

@@ -57,6 +57,8 @@ _LUMA = torch.tensor([0.2126, 0.7152, 0.0722])
 _SMALLEST = 11.0  # size of letters, in pixels
 _LEGEND = 1024  # pixels that a legend may always be wide
 
+_HEATMAPS = 2**30
+
 _DPI = 128  # a power of 2: pixels to inches and back without rounding
 
 
@@ -94,11 +96,13 @@ def colourise(maps: Tensor, colour_map: str = "magma") -> Tensor:
     return _colours(maps, torch.ones(maps.shape[:-2]), colour_map)
 
 
-def heatmap_images(maps: Tensor, names: Sequence[str] = ()) -> Tensor:
-    """Maps (B, K, H, W) as heatmaps (B, K, H, W, 3). All concepts of an image share one scale, from 0 to
-    the highest value of any, so that an absent concept looks absent. ``names`` are those of the K concepts,
-    to be written into their pictures, if there is a matplotlib to write them."""
-    highest = _positive(maps.amax((1, 2, 3)))
+def heatmap_images(maps: Tensor, names: Sequence[str] = (), frames: int = 1) -> Tensor:
+    """Maps (B, K, H, W) as heatmaps (B, K, H, W, 3). All concepts of an image, or of ``frames`` that follow
+    each other in a video, share one scale, from 0 to the highest value of any, so that an absent concept
+    looks absent. ``names`` are those of the K concepts, to be written into their pictures, if there is a
+    matplotlib to write them."""
+    highest = maps.unflatten(0, (-1, frames)).amax((1, 2, 3, 4))
+    highest = _positive(highest).repeat_interleave(frames)
     pictures = _colours(maps, highest[:, None].expand(maps.shape[:2]), "magma")
     height, width = maps.shape[-2:]
     if names:
@@ -108,10 +112,20 @@ def heatmap_images(maps: Tensor, names: Sequence[str] = ()) -> Tensor:
             logging.warning("Concept Attention: heatmaps without names. %s", error)
             return pictures
     for index, name in enumerate(names):
-        for picture in pictures[:, index]:
-            top = picture[: _name_height(height)]
-            top.copy_(_inked(top, lambda axes, n=name: _write_name(axes, n, (height, width))))
+        tops = pictures[:, index, : _name_height(height)]
+        ink = _ink(tops.shape[1:3], lambda axes, n=name: _write_name(axes, n, (height, width)))
+        for top in tops:
+            top.copy_(_over(top, ink))
     return pictures
+
+
+def heatmap_size(maps: ConceptMaps) -> tuple[int, int]:
+    """Height and width of heatmaps that take ``_HEATMAPS`` bytes at most, all concepts and frames of a video
+    together: the image's own, or smaller."""
+    height, width = maps.image_size
+    needed = 12 * height * width * len(maps.of_frames) * len(maps.concepts.names)
+    share = min(1.0, (_HEATMAPS / needed) ** 0.5) if maps.recording.timed else 1.0
+    return max(1, int(share * height)), max(1, int(share * width))
 
 
 def _colours(maps: Tensor, highest: Tensor, colour_map: str) -> Tensor:
@@ -130,27 +144,24 @@ def _positive(highest: Tensor) -> Tensor:
 
 
 def images_of(maps: ConceptMaps, images: Tensor) -> Tensor:
-    """Images (N, H, W, 3) float32 on the CPU that the maps belong on, one for each. A single image goes
-    with all maps, and the maps of a single image with all images.
+    """Images (N, H, W, 3) float32 on the CPU that the maps belong on: all images, or frames of the videos, or
+    an image for each latent frame. A single image goes with all maps, and the maps of a single image with all
+    images. ``maps.shown(N)`` are the maps of each.
 
     Raises:
-        ValueError: they are no images (``rgb_images``), their numbers differ, or they have another shape than
-            the one sampled.
+        ValueError: they are no images (``rgb_images``), there is another number of them, or they have another
+            shape than the one sampled.
     """
     images = rgb_images(images)
-    counts = len(maps.values), len(images)
-    if counts[0] != counts[1] and 1 not in counts:
-        raise ValueError(
-            f"There are {counts[1]} images, but concept maps of {counts[0]}. "
-            "Connect the images decoded from the LATENT that the maps belong to, or a single image."
-        )
+    count = len(images) if len(images) > 1 else len(maps.of_frames)
+    maps.shown(count)
     (height, width), (rows, columns) = images.shape[1:3], maps.image_size
     if not 0.9 < (height / width) / (rows / columns) < 1.1:
         raise ValueError(
             f"The image is {width} x {height} pixels, but the concept maps are of an image of "
             f"{columns} x {rows}, which has another shape. Connect that image, at any scale."
         )
-    return images.cpu().float().expand(max(counts), -1, -1, -1)
+    return images.cpu().float().expand(count, -1, -1, -1)
 
 
 def overlay_images(
@@ -168,8 +179,8 @@ def overlay_images(
     (B, len(names), H, W, 3).
 
     Args:
-        shared_scale: colours go from 0 to the highest value that any concept has in the image, so that an
-            absent concept looks absent; else to the highest value of the concept itself.
+        shared_scale: colours go from 0 to the highest value that any concept has in the image or video, so
+            that an absent concept looks absent; else to the highest value of the concept itself.
         contour: draw a line where a map crosses this share of its scale, 0..1; 0 draws none.
         label: write the concept's name into the picture.
 
@@ -178,20 +189,22 @@ def overlay_images(
     """
     indices = [maps.index(name) for name in names]
     images = images_of(maps, images)
-    values = maps.values.expand(len(images), -1, -1, -1)
     shown = list(range(len(maps.concepts.names)))
-    pictures = []
-    for image, own in zip(images, values, strict=True):
-        common = own[shown + indices].max()
-        for index in indices:
-            scale = _positive(common if shared_scale else own[index].max())
-            map_ = upscale(own[None, [index]] / scale, image.shape[:2], maps.coverage)[0, 0]
-            picture = torch.lerp(image, colourise(map_, colour_map), opacity)
+    pictures = torch.empty(len(images), len(indices), *images.shape[1:])
+    videos = maps.shown(len(images))
+    frames = videos.shape[1]
+    for video, under, over in zip(videos, images.split(frames), pictures.split(frames), strict=True):
+        common = video[:, shown + indices].max()
+        for n, index in enumerate(indices):
+            scale = _positive(common if shared_scale else video[:, index].max())
             name = maps.concepts.all[index] if label else ""
-            if name or contour > 0:
-                picture = _inked(picture, lambda axes, m=map_, n=name: _annotate(axes, m, contour, n))
-            pictures.append(picture)
-    return torch.stack(pictures).unflatten(0, (-1, len(indices)))
+            for values, image, picture in zip(video[:, index] / scale, under, over[:, n], strict=True):
+                map_ = upscale(values[None, None], image.shape[:2], maps.coverage)[0, 0]
+                coloured = torch.lerp(image, colourise(map_, colour_map), opacity)
+                if name or contour > 0:
+                    coloured = _inked(coloured, lambda axes, m=map_, s=name: _annotate(axes, m, contour, s))
+                picture.copy_(coloured)
+    return pictures
 
 
 def _annotate(axes: Axes, map_: Tensor, contour: float, name: str) -> None:
@@ -251,29 +264,35 @@ def segmentation_images(
         opacity: of the regions, their borders are solid.
     """
     table = torch.from_numpy(palette(len(names))).float()
-    coloured = (labels >= 0) & (labels < len(names))
-    colours = table[labels.where(coloured, 0)]
-    if images is None:
-        pictures = colours * coloured.unsqueeze(-1)
-    else:
-        # Over grey, colours keep the hue that the legend shows.
-        grey = (images @ _LUMA).unsqueeze(-1).expand_as(images)
-        border = _borders(labels, max(1, round(labels.shape[-2] / 400))).unsqueeze(-1)
-        over = torch.lerp(grey, colours, torch.where(border, 1.0, opacity))
-        pictures = torch.where(coloured.unsqueeze(-1), over, images)
+    pictures = torch.empty(*labels.shape, 3)
+    for index, (plane, picture) in enumerate(zip(labels, pictures, strict=True)):  # many are large together
+        image = None if images is None else images[index]
+        picture.copy_(_segmented(plane, table, image, opacity))
     if not legend:
         return pictures
     areas = torch.stack([(labels == i).float().mean((1, 2)) for i in range(len(names))], 1)
     return torch.cat([pictures, _legends(names, table, areas, labels.shape[1:])], 2)
 
 
+def _segmented(labels: Tensor, table: Tensor, image: Tensor | None, opacity: float) -> Tensor:
+    coloured = (labels >= 0) & (labels < len(table))
+    colours = table[labels.where(coloured, 0).long()]
+    if image is None:
+        return colours * coloured.unsqueeze(-1)
+    # Over grey, colours keep the hue that the legend shows.
+    grey = (image @ _LUMA).unsqueeze(-1).expand_as(image)
+    border = _borders(labels, max(1, round(len(labels) / 400))).unsqueeze(-1)
+    over = torch.lerp(grey, colours, torch.where(border, 1.0, opacity))
+    return torch.where(coloured.unsqueeze(-1), over, image)
+
+
 def _borders(labels: Tensor, thickness: int) -> Tensor:
-    """The pixels (N, H, W) up to ``thickness`` away from another label."""
-    planes = labels.float().unsqueeze(1)
+    """The pixels (H, W) up to ``thickness`` away from another label."""
+    planes = labels.float()[None, None]
     highest, lowest = (
         F.max_pool2d(p, 2 * thickness + 1, stride=1, padding=thickness) for p in (planes, -planes)
     )
-    return (highest != -lowest).squeeze(1)
+    return (highest != -lowest)[0, 0]
 
 
 class _Entry(NamedTuple):
@@ -339,15 +358,23 @@ def _legends(names: Sequence[str], colours: Tensor, areas: Tensor, image_size: t
 
 def _inked(image: Tensor, draw: Callable[[Axes], None]) -> Tensor:
     """The image with what ``draw`` draws over it, in pixels from the top left corner."""
-    height, width = image.shape[:2]
+    return _over(image, _ink(image.shape[:2], draw))
+
+
+def _over(image: Tensor, ink: Tensor) -> Tensor:
+    return torch.lerp(image, ink[..., :3], ink[..., 3:])
+
+
+def _ink(size: tuple[int, int], draw: Callable[[Axes], None]) -> Tensor:
+    """RGBA (H, W, 4) of what ``draw`` draws, in pixels from the top left corner."""
+    height, width = size
     figure = matplotlib().figure.Figure((width / _DPI, height / _DPI), _DPI)
     figure.patch.set_alpha(0)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     draw(axes)
-    ink = _pixels(figure)
-    return torch.lerp(image, ink[..., :3], ink[..., 3:])
+    return _pixels(figure)
 
 
 def figure_image(figure: Figure, dpi: int) -> Tensor:

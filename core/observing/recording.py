@@ -78,6 +78,11 @@ class Recording:
         return next(iter(self.scores))
 
     @property
+    def timed(self) -> bool:
+        """Whether its frames follow each other in time. Others are layers of one picture."""
+        return max(self.durations) > 1
+
+    @property
     def batch(self) -> int:
         """How many images or videos it has."""
         return next(iter(self.scores.values()))[0].shape[1] // self.frames

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..concepts import LIMIT, Concepts, split_names
 from ..observing.readers import SPACES
 from ..observing.recording import AVERAGES, Recording
-from .maps import GROUNDINGS, ConceptMaps
+from .maps import BETWEEN_FRAMES, GROUNDINGS, ConceptMaps
 
 SUFFIX = ".concepts.safetensors"
 # Masks and pictures are as large as the image, however small the file is that names its size.
@@ -39,11 +39,12 @@ _ROUNDING = 1e-3
 def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write maps and their recording to ``path``. ``metadata`` goes into the file beside their own."""
     recording = maps.recording
+    still = recording.durations == (1,)
     tensors = {"maps": maps.values.contiguous()}
     for space, scores in recording.scores.items():
         tensors[_SCORES + space] = torch.stack(scores)
     description = {
-        "version": 1 if recording.frames == 1 else 2,
+        "version": 1 if still else 2,
         "concepts": recording.concepts.names,
         "background": recording.concepts.background,
         "image_size": recording.image_size,
@@ -56,7 +57,7 @@ def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None 
             "broken": [[image, *place] for image, place in recording.broken.items()],
             "steps": recording.steps,
             "sigmas": recording.sigmas,
-            **({} if recording.frames == 1 else {"durations": recording.durations}),
+            **({} if still else {"durations": recording.durations}),
         },
         "maps": {
             "space": maps.space,
@@ -66,6 +67,7 @@ def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None 
             "temperature": maps.temperature,
             "grounding": maps.grounding,
             "average": maps.average,
+            **({} if still else {"between_frames": maps.between_frames}),
         },
     }
     save_file(tensors, path, metadata={**(metadata or {}), _KEY: json.dumps(description)})
@@ -149,12 +151,15 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
     space, softmax, temperature = chosen["space"], chosen["softmax"], chosen["temperature"]
     grounding = chosen.get("grounding", GROUNDINGS[0])
     average = chosen.get("average", AVERAGES[0])
+    between_frames = chosen.get("between_frames", BETWEEN_FRAMES[0])
     _expect(space, space in spaces, "space", f"out of {'; '.join(spaces)}")
     _expect(softmax, isinstance(softmax, bool), "softmax", "true or false")
     _numbers([temperature], "temperature", (int, float))
     _expect(temperature, temperature > 0, "temperature", "above 0")
     _expect(grounding, grounding in GROUNDINGS, "grounding", f"out of {'; '.join(GROUNDINGS)}")
     _expect(average, average in AVERAGES, "average", f"out of {'; '.join(AVERAGES)}")
+    known = between_frames in BETWEEN_FRAMES
+    _expect(between_frames, known, "between_frames", f"out of {'; '.join(BETWEEN_FRAMES)}")
     values = file.get_tensor("maps")
     low, high = (float(value) for value in values.aminmax())
     _expect((low, high), low >= -_ROUNDING and high <= 1 + _ROUNDING, "the range of maps", "in 0..1")
@@ -168,6 +173,7 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
         temperature=temperature,
         grounding=grounding,
         average=average,
+        between_frames=between_frames,
     )
 
 

@@ -1,4 +1,5 @@
-"""Recorded scores to concept maps. Shapes: B images, K concepts, patch grid h x w."""
+"""Recorded scores to concept maps. Shapes: B images, K concepts, patch grid h x w. Of videos each B is a
+latent frame, as in a recording."""
 
 from __future__ import annotations
 
@@ -14,6 +15,9 @@ from ..observing.recording import AVERAGES, Recording
 from .grounding import propagate_anchors
 
 GROUNDINGS = ("paper", "anchor propagation")
+BETWEEN_FRAMES = ("linear", "hold")
+"""What frames of a video show, of which several share a latent frame: what lies in between its map, at the
+middle of its frames, and the next; or its map as it is."""
 _LEAST = 1e-9  # of a probability: below it, words are alike
 
 
@@ -23,11 +27,13 @@ class ConceptMaps:
 
     Attributes:
         values: (B, K, h, w) float32 in 0..1, background concepts last. With a softmax they add up to 1 in
-            every patch; else they share one scale per image. All 0 where no positive prompt was at work.
+            every patch; else they share one scale per image or video. All 0 where no positive prompt was at
+            work.
         recording: what the maps were made from.
         space, layers, steps, softmax, temperature: what was chosen of it, see ``heatmaps``.
         grounding: one of ``GROUNDINGS``.
         average: one of ``AVERAGES``.
+        between_frames: one of ``BETWEEN_FRAMES``.
     """
 
     values: Tensor
@@ -39,6 +45,7 @@ class ConceptMaps:
     temperature: float
     grounding: str = GROUNDINGS[0]
     average: str = AVERAGES[0]
+    between_frames: str = BETWEEN_FRAMES[0]
 
     @property
     def concepts(self) -> Concepts:
@@ -58,6 +65,37 @@ class ConceptMaps:
         durations = self.recording.durations * self.recording.batch
         return [index for index, duration in enumerate(durations) for _ in range(duration)]
 
+    def shown(self, count: int | None = None) -> Tensor:
+        """The maps (V, T, K, h, w) of V images or videos of T frames each: what is asked of them one by one,
+        and what of all frames together.
+
+        Args:
+            count: how many pictures show what was sampled, V * T. As many as there are images, or frames of
+                the videos, by default; or one for each of ``values``. Maps of a single image go with any.
+
+        Raises:
+            ValueError: there is another number of pictures.
+        """
+        recording, whole = self.recording, len(self.of_frames)
+        videos = self.values.unflatten(0, (-1, recording.frames))
+        if count is None or count == whole:
+            return _between_frames(videos, recording.durations, self.between_frames)
+        if count == len(self.values):
+            return videos
+        if whole == 1:
+            return videos.expand(count, -1, -1, -1, -1)
+        if recording.frames == 1:
+            raise ValueError(
+                f"There are {count} images, but concept maps of {whole}. "
+                "Connect the images decoded from the LATENT that the maps belong to, or a single image."
+            )
+        videos, frames = recording.batch, sum(recording.durations)
+        what = f"a video of {frames} frames" if videos == 1 else f"{videos} videos of {frames} frames each"
+        raise ValueError(
+            f"There are {count} images, but concept maps of {what}. Connect all frames as the VAE decoded "
+            "them, before any are left out, skipped or added by another frame rate; or a single image."
+        )
+
     def index(self, name: str) -> int:
         """Where ``name`` is among the concepts, whatever its case.
 
@@ -73,6 +111,19 @@ class ConceptMaps:
     def at_size(self, height: int, width: int, mode: str = "bilinear") -> Tensor:
         """The maps (B, K, height, width) of an image of that size. ``mode`` as in ``interpolate``."""
         return upscale(self.values, (height, width), self.coverage, mode)
+
+
+def _between_frames(videos: Tensor, durations: Sequence[int], how: str) -> Tensor:
+    """Maps (V, F, ...) of latent frames as those of the frames (V, T, ...) that they stand for."""
+    lengths = torch.tensor(durations)
+    if how == "hold" or len(durations) == 1:
+        return videos.repeat_interleave(lengths, 1)
+    middles = lengths.cumsum(0) - (lengths + 1) / 2
+    frames = torch.arange(int(lengths.sum()))
+    after = torch.searchsorted(middles, frames.to(middles)).clamp(1, len(durations) - 1)
+    before = after - 1
+    share = ((frames - middles[before]) / (middles[after] - middles[before])).clamp(0, 1)
+    return torch.lerp(videos[:, before], videos[:, after], share.view(-1, *[1] * (videos.ndim - 2)))
 
 
 def upscale(
@@ -174,16 +225,23 @@ def concept_maps(
     temperature: float = 1.0,
     grounding: str = GROUNDINGS[0],
     average: str = AVERAGES[0],
+    between_frames: str = BETWEEN_FRAMES[0],
 ) -> ConceptMaps:
     """``heatmaps`` as maps in 0..1. Raw scores are scaled by the smallest and the largest of all concepts
-    of an image, so that concepts can still be compared.
+    of an image or video, so that concepts and frames can still be compared.
 
     Args:
         grounding: "paper": the heatmaps as they are; "anchor propagation": see ``propagate_anchors``.
+        between_frames: one of ``BETWEEN_FRAMES``.
 
     Raises:
-        ValueError: as ``heatmaps``; or there is no such grounding, or it needs a softmax.
+        ValueError: as ``heatmaps``; or there is no such grounding, or it needs a softmax; or no such choice
+            of what is between frames.
     """
+    if between_frames not in BETWEEN_FRAMES:
+        raise ValueError(
+            f'Unknown choice between frames "{between_frames}". Choose one of: {", ".join(BETWEEN_FRAMES)}.'
+        )
     if grounding not in GROUNDINGS:
         raise ValueError(f'Unknown grounding "{grounding}". Choose one of: {", ".join(GROUNDINGS)}.')
     if grounding == "anchor propagation" and not softmax:
@@ -200,11 +258,15 @@ def concept_maps(
     if grounding == "anchor propagation":
         scores = heatmaps(recording, **choice, softmax=False).nan_to_num(0)
         maps = values.masked_fill(unseen, 1 / values.shape[1])
-        values = torch.stack([propagate_anchors(*image) for image in zip(maps, scores, strict=True)])
+        frames = recording.frames if recording.timed else 1
+        values = torch.cat(
+            [_propagated(*video) for video in zip(maps.split(frames), scores.split(frames), strict=True)]
+        )
     if not softmax:
-        low = values.masked_fill(unseen, torch.inf).amin((1, 2, 3), keepdim=True)
-        high = values.masked_fill(unseen, -torch.inf).amax((1, 2, 3), keepdim=True)
-        values = (values - low) / torch.where(high > low, high - low, 1.0)
+        videos, missing = (v.unflatten(0, (-1, recording.frames)) for v in (values, unseen))
+        low = videos.masked_fill(missing, torch.inf).amin((1, 2, 3, 4), keepdim=True)
+        high = videos.masked_fill(missing, -torch.inf).amax((1, 2, 3, 4), keepdim=True)
+        values = ((videos - low) / torch.where(high > low, high - low, 1.0)).flatten(0, 1)
     values = values.masked_fill(unseen, 0)
     return ConceptMaps(
         values,
@@ -214,4 +276,10 @@ def concept_maps(
         temperature=temperature,
         grounding=grounding,
         average=average,
+        between_frames=between_frames,
     )
+
+
+def _propagated(maps: Tensor, scores: Tensor) -> Tensor:
+    """``propagate_anchors`` of the frames (F, K, h, w) of a video, or of an image."""
+    return propagate_anchors(maps.movedim(1, 0), scores.movedim(1, 0)).movedim(0, 1)

@@ -1,8 +1,12 @@
-"""Concept maps to masks at image size. A mask is (H, W) float32 in 0..1, one plane of a MASK."""
+"""Concept maps to masks at image size. A mask is (H, W) float32 in 0..1, one plane of a MASK.
+
+The frames of a video are cut out together, with one threshold, and tidied up together, so that masks do not
+blink. An image is a video of one frame here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,15 +21,16 @@ METHODS = ("argmax", "mean", "otsu", "fixed", "top fraction")
 
 
 def region(maps: Tensor, index: int, method: str, threshold: float = 0.5) -> Tensor:
-    """Where a concept is: a boolean (H, W).
+    """Where a concept is: a boolean (H, W), or (T, H, W) of a video.
 
     Args:
-        maps: maps (K, H, W) of one image, background concepts included.
+        maps: maps (K, H, W) of one image, or (K, T, H, W) of the frames of a video, background concepts
+            included.
         index: the concept.
         method: "argmax": where its map is the highest of all, and not 0; "mean": above the map's mean (the
             paper's segmentation); "otsu": above Otsu's threshold between the map's two classes of values;
-            "fixed": above ``threshold``; "top fraction": the ``threshold`` share of the image with the
-            highest values.
+            "fixed": above ``threshold``; "top fraction": the ``threshold`` share of the image or video with
+            the highest values.
         threshold: 0..1, of the last two methods.
     """
     values = maps[index]
@@ -68,27 +73,36 @@ def otsu_threshold(values: Tensor, bins: int = 256) -> float:
 
 
 def clean(inside: Tensor, *, fill_holes: bool = False, smallest_area: float = 0.0, grow: int = 0) -> Tensor:
-    """A region (H, W) tidied up, in this order.
+    """A region (H, W), or (T, H, W) through the frames of a video, tidied up, in this order.
 
     Args:
-        fill_holes: include what is enclosed.
-        smallest_area: drop connected parts (by edges or corners) smaller than this share of the image.
-        grow: pixels to grow by in every direction, negative to shrink.
+        fill_holes: include what is enclosed. In a video that is what each frame's region encloses: through
+            time, what moves would open its holes to where it was before.
+        smallest_area: drop connected parts (by edges or corners) smaller than this share of the image. In a
+            video parts go on from frame to frame, and it is the share of all frames together: what is small
+            or short, and not what is small for a moment.
+        grow: pixels to grow by in every direction, negative to shrink. In a video each frame by itself.
     """
-    plane = inside.numpy()
+    frames = inside.numpy().reshape(-1, *inside.shape[-2:])
     if fill_holes:
-        plane = ndimage.binary_fill_holes(plane)
-    if smallest_area > 0 and plane.any():
-        parts, _ = ndimage.label(plane, structure=np.ones((3, 3)))
+        frames = np.stack([ndimage.binary_fill_holes(frame) for frame in frames])
+    if smallest_area > 0 and frames.any():
+        parts, _ = ndimage.label(frames, structure=np.ones((3, 3, 3)))
         areas = np.bincount(parts.ravel())
-        kept = areas >= smallest_area * plane.size
+        kept = areas >= smallest_area * frames.size
         kept[0] = False
-        plane = kept[parts]
-    if grow > 0 and plane.any():
-        plane = ndimage.distance_transform_edt(~plane) <= grow
-    if grow < 0 and not plane.all():
-        plane = ndimage.distance_transform_edt(plane) > -grow
-    return torch.from_numpy(np.ascontiguousarray(plane))
+        frames = kept[parts]
+    if grow:
+        frames = np.stack([_grown(frame, grow) for frame in frames])
+    return torch.from_numpy(np.ascontiguousarray(frames)).view_as(inside)
+
+
+def _grown(plane: np.ndarray, by: int) -> np.ndarray:
+    if by > 0 and plane.any():
+        return ndimage.distance_transform_edt(~plane) <= by
+    if by < 0 and not plane.all():
+        return ndimage.distance_transform_edt(plane) > -by
+    return plane
 
 
 class Part(NamedTuple):
@@ -132,6 +146,7 @@ def concept_masks(
     names: Sequence[str],
     *,
     combine: bool = False,
+    count: int | None = None,
     size: tuple[int, int] | None = None,
     guide: Tensor | None = None,
     method: str = "argmax",
@@ -143,16 +158,17 @@ def concept_masks(
     feather: float = 0.0,
     invert: bool = False,
 ) -> tuple[Tensor, list[list[Part]]]:
-    """Masks (B, N, H, W) of N concepts, float32 in 0..1 on the CPU, and for each image the parts that their
-    regions have, in the order of ``names``. Parts are those of the cleaned region of each concept alone,
-    before ``invert`` and ``feather``, whether or not the masks are combined.
+    """Masks (B, N, H, W) of N concepts, float32 in 0..1 on the CPU, and for each image or frame of a video
+    the parts that their regions have, in the order of ``names``. Parts are those of the cleaned region of
+    each concept alone, before ``invert`` and ``feather``, whether or not the masks are combined.
 
     Args:
         combine: one mask (B, 1, H, W) of all the concepts together. The union of their regions is what is
             cleaned, so that a thing in two adjoining parts is as large as both.
+        count: how many images there are to mask, B; see ``ConceptMaps.shown``.
         size: height and width; the image's own by default.
         guide: images (B, H, W, 3) in 0..1, by whose edges the maps are refined first, see ``refine``, and
-            whose size the masks have. Maps of a single image go with any number of them.
+            whose number and size the masks have.
         method, threshold: see ``region``.
         soft: inside the region, the map's values instead of 1; of several combined, the highest.
         fill_holes, smallest_area, grow: see ``clean``.
@@ -160,33 +176,63 @@ def concept_masks(
         invert: everything but the concept.
 
     Raises:
-        ValueError: there is no such concept, or no such method.
+        ValueError: there is no such concept, no such method, or another number of images.
     """
     indices = [maps.index(name) for name in names]
     together = combine and len(indices) > 1
     tidy = {"fill_holes": fill_holes, "smallest_area": smallest_area, "grow": grow}
-    masks, found = [], []
-    for values in _at_images(maps, size, guide):
-        regions = torch.stack([region(values, index, method, threshold) for index in indices])
+    videos = _videos(maps, count, size, guide)
+    masks = torch.empty(sum(len(video) for video in videos), 1 if together else len(indices), *videos[0].size)
+    found: list[list[Part]] = []
+    for video in videos:
+        regions, planes_of = _regions(video, indices, method, threshold)
         insides = torch.stack([clean(inside, **tidy) for inside in regions])
-        found.append([])
-        for index, inside in zip(indices, insides, strict=True):
-            found[-1] += parts(maps.concepts.all[index], inside, values[index])
-        if together:
-            insides = clean(regions.any(0), **tidy)[None]
-        planes = insides.float()
-        if soft:
-            shown = values[indices]
-            if together:  # of those cut there; where none was, in what is filled or grown, of all
-                shown = shown.where(regions | ~regions.any(0), 0).amax(0, keepdim=True)
-            planes = torch.where(insides, shown, 0.0)
-        if invert:
-            planes = 1 - planes
-        if feather > 0:
-            blurred = [ndimage.gaussian_filter(plane.numpy(), feather, mode="nearest") for plane in planes]
-            planes = torch.from_numpy(np.stack(blurred))
-        masks.append(planes)
-    return torch.stack(masks).clamp(0, 1), found
+        whole = clean(regions.any(0), **tidy)[None] if together else insides
+        for frame in range(len(video)):
+            planes = planes_of(frame)
+            found.append([])
+            for index, inside, values in zip(indices, insides[:, frame], planes, strict=True):
+                found[-1] += parts(maps.concepts.all[index], inside, values)
+            mask = whole[:, frame].float()
+            if soft:
+                if together:  # of those cut there; where none was, in what is filled or grown, of all
+                    cut = regions[:, frame]
+                    planes = planes.where(cut | ~cut.any(0), 0).amax(0, keepdim=True)
+                mask = torch.where(whole[:, frame], planes, 0.0)
+            if invert:
+                mask = 1 - mask
+            if feather > 0:
+                blurred = [ndimage.gaussian_filter(plane.numpy(), feather, mode="nearest") for plane in mask]
+                mask = torch.from_numpy(np.stack(blurred))
+            masks[len(found) - 1] = mask.clamp(0, 1)
+    if count is not None and len(found) < count:
+        masks, found = masks.expand(count, -1, -1, -1), found * count
+    return masks, found
+
+
+def _regions(
+    video: _Video, indices: list[int], method: str, threshold: float
+) -> tuple[Tensor, Callable[[int], Tensor]]:
+    """The regions (N, T, H, W) of N concepts, and what gives the maps (N, H, W) of one frame."""
+    regions = torch.empty(len(indices), len(video), *video.size, dtype=torch.bool)
+    kept: list[Tensor] = []
+    keep = video.refined or len(video) == 1  # many large ones are only kept where they took long to make
+    if keep or method == "argmax":
+        for frame in range(len(video)):
+            values = video.frame(frame)
+            if method == "argmax":
+                for n, index in enumerate(indices):
+                    regions[n, frame] = region(values, index, method)
+            if keep:
+                kept.append(values[indices])
+    if method != "argmax":
+        for n, index in enumerate(indices):
+            if keep:
+                planes = [planes[n] for planes in kept]
+            else:
+                planes = [video.frame(frame, [index])[0] for frame in range(len(video))]
+            regions[n] = region(torch.stack(planes)[None], 0, method, threshold)
+    return regions, kept.__getitem__ if keep else lambda frame: video.frame(frame, indices)
 
 
 def segment(
@@ -194,15 +240,18 @@ def segment(
     size: tuple[int, int] | None = None,
     floor: float = 0.0,
     guide: Tensor | None = None,
+    count: int | None = None,
 ) -> Tensor:
     """Which concept each pixel shows (B, H, W): the index in ``maps.concepts.all`` of the highest map, or
-    -1 (unassigned) where even that is 0 or below ``floor``. ``size`` and ``guide`` as in
+    -1 (unassigned) where even that is 0 or below ``floor``. ``count``, ``size`` and ``guide`` as in
     ``concept_masks``."""
-    labels = []
-    for values in _at_images(maps, size, guide):
+    videos = _videos(maps, count, size, guide)
+    labels = torch.empty(sum(len(video) for video in videos), *videos[0].size, dtype=torch.int16)
+    frames = (video.frame(frame) for video in videos for frame in range(len(video)))
+    for values, plane in zip(frames, labels, strict=True):
         highest, label = values.max(0)
-        labels.append(torch.where((highest < floor) | (highest == 0), -1, label))
-    return torch.stack(labels)
+        plane.copy_(torch.where((highest < floor) | (highest == 0), -1, label))
+    return labels.expand(count or len(labels), -1, -1)
 
 
 def label_masks(labels: Tensor, count: int) -> Tensor:
@@ -210,11 +259,38 @@ def label_masks(labels: Tensor, count: int) -> Tensor:
     return (labels[:, None] == torch.arange(count)[:, None, None]).float()
 
 
-def _at_images(maps: ConceptMaps, size: tuple[int, int] | None, guide: Tensor | None) -> Iterator[Tensor]:
-    """The maps (K, H, W) of one image after the other: enlarged, or refined."""
-    if guide is None:
-        for image in maps.values:
-            yield upscale(image[None], size or maps.image_size, maps.coverage)[0]
-    else:
-        for image, edges in zip(maps.values.expand(len(guide), -1, -1, -1), guide, strict=True):
-            yield refine(image, edges, maps.coverage)
+class _Video:
+    """The maps ``values`` (T, K, h, w) of a video's frames at image size, one frame at a time: all of them
+    would fill the memory. Refined, if there is a ``guide`` (T, H, W, 3)."""
+
+    def __init__(
+        self, values: Tensor, size: tuple[int, int], coverage: tuple[float, float], guide: Tensor | None
+    ) -> None:
+        self._values, self._coverage, self._guide = values, coverage, guide
+        self.size = size
+        self.refined = guide is not None
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def frame(self, index: int, concepts: list[int] | slice = slice(None)) -> Tensor:
+        """(K', H, W)"""
+        values = self._values[index]
+        if self._guide is None:
+            return upscale(values[concepts][None], self.size, self._coverage)[0]
+        return refine(values, self._guide[index], self._coverage)[concepts]
+
+
+def _videos(
+    maps: ConceptMaps, count: int | None, size: tuple[int, int] | None, guide: Tensor | None
+) -> list[_Video]:
+    """Those of a single image, not refined, are the same on every other, and come once."""
+    once = guide is None and len(maps.of_frames) == 1
+    videos = maps.shown(None if once else count if guide is None else len(guide))
+    if not maps.recording.timed:  # nothing goes on from one layer of a picture to the next
+        videos = videos.flatten(0, 1)[:, None]
+    size = size or maps.image_size
+    guides = [None] * len(videos)
+    if guide is not None:
+        size, guides = tuple(guide.shape[1:3]), guide.split(videos.shape[1])
+    return [_Video(video, size, maps.coverage, g) for video, g in zip(videos, guides, strict=True)]
