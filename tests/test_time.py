@@ -193,7 +193,7 @@ def test_colours_have_one_scale_in_all_frames():
         ]
         brightness = [float(o.sum(-1).max()) for o in overlays]
         assert brightness[0] > 1.5 * brightness[1] > 2 * brightness[-1]
-    heatmaps = heatmap_images(maps.shown()[0], frames=9)[:, 0].sum(-1).amax((1, 2))
+    heatmaps = heatmap_images(maps.shown()[0, :, :1], frames=9)[:, 0].sum(-1).amax((1, 2))
     assert heatmaps[0] > 1.5 * heatmaps[-1]
 
 
