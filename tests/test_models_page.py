@@ -20,8 +20,9 @@ HEAD = """\
 *Written from the code and the tests, by `nox -s tests -- tests/test_models_page.py --write-docs`.*
 
 A family is all that ComfyUI loads as one class: a model, its fine-tunes, its variants for editing or
-inpainting; [adding_a_model.md](adding_a_model.md) says how one is added. Nothing here was tried on real weights.
-Where the default layers are not the reference's, they are a guess until that is done: look at other layers too.
+inpainting; [adding_a_model.md](adding_a_model.md) says how one is added. Nothing here was tried on real
+weights. Where the default layers are not the reference's, they are a guess until that is done: look at other
+layers too.
 
 Maps are of the space "output" where text and picture attend to each other, as in the paper. Where the picture
 only reads the text, they are of the space "probability": a concept is one more word of the prompt.
