@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from comfy_extras.nodes_video_model import ConditioningSetAreaPercentageVideo
 from tiny_models import ROWS, concepts_of, sample, tiny
 
 import nodes
+from concept_attention.core.architectures import family_of
 from concept_attention.core.observing.image import observe_image
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import WhatToRecord, observe
@@ -49,6 +51,15 @@ def test_the_recording_goes_with_the_video_alone():
     assert recording_of({"samples": video}) is recording
     with pytest.raises(RecordingError, match="not sampled with Concept Attention"):
         recording_of({"samples": sound})
+
+
+@pytest.mark.parametrize("length", [5, 22, 39, 124])
+def test_a_video_has_as_many_frames_as_its_latents_stand_for(length):
+    minimax = importlib.import_module("comfy_extras.nodes_minimax_h3")
+    frames, latents, _ = minimax.temporal_shape(length)
+    model = tiny("minimax_h3").model.diffusion_model
+    durations = family_of(model).durations(model, torch.zeros(1, 24, latents, 6, 8))
+    assert (sum(durations), len(durations)) == (frames, latents)
 
 
 def test_a_part_of_the_video_is_not_taken_for_all_of_it():

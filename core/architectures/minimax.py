@@ -19,7 +19,6 @@ class MiniMaxH3(JointFamily):
     loader = 'CLIPLoader, type "minimax": Qwen 3 VL 32B'
     causal = True
     may_stop = False  # the weights of the next blocks are on their way
-    frame_length = 4
     sound = True
     batched = False
 
@@ -28,6 +27,10 @@ class MiniMaxH3(JointFamily):
 
     def token_width(self, model: nn.Module) -> int:
         return model.condition_proj.in_features
+
+    def durations(self, model: nn.Module, x: Tensor) -> tuple[int, ...]:
+        """The VAE encodes 17 frames at a time, each time as a video of its own."""
+        return tuple(1 if frame % 5 == 0 else 4 for frame in range(x.shape[2]))
 
     def text(self, call: BlockCall) -> Tensor:
         return call["x"][None, : call.text]
