@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import comfy.controlnet
@@ -28,7 +29,7 @@ from concept_attention.core.architectures import family_of
 from concept_attention.core.observing.image import encode_images, observe_image, patch_pixels, step_levels
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import WhatToRecord, observe
-from concept_attention.core.observing.recording import Recording
+from concept_attention.core.observing.recording import Recording, RecordingError
 from concept_attention.nodes.concept_attention_image import ConceptAttentionImage
 from tiny_flux import random_clip
 
@@ -424,6 +425,43 @@ def test_blocks_that_another_node_wraps_are_recorded(model, row):
         samples = sample(patched, row, cfg=3.0)
         assert torch.equal(samples, plain)
         assert recording(samples).layers == (0, 1, 2)
+
+
+def leaving_out(model: ModelPatcher, blocks: list[int], evaluations: list[int]) -> ModelPatcher:
+    """With a node that leaves blocks out in some evaluations, as caches of blocks do."""
+    patched = model.clone()
+    for block in blocks:
+        count = itertools.count()
+
+        def leave_out(args: dict, extra: dict, count=count) -> dict:
+            return args if next(count) in evaluations else extra["original_block"](args)
+
+        patched.set_model_patch_replace(leave_out, "dit", "double_block", block)
+    return patched
+
+
+@pytest.mark.parametrize("blocks", [[0], [1], [1, 2]])
+@pytest.mark.parametrize("name", ["chroma", "qwen_image", "sd35_medium"])
+def test_evaluations_in_which_a_node_leaves_blocks_out_are_absent(model, row, blocks, caplog):
+    samples = sample(observed(leaving_out(model, blocks, [1]), row), row, steps=4, cfg=3.0)
+    assert torch.equal(samples, sample(leaving_out(model, blocks, [1]), row, steps=4, cfg=3.0))
+    found = recording(samples)
+    assert found.steps == (0, 2, 3)
+    whole = sample(observed(model, row), row, steps=4, cfg=3.0)
+    assert torch.equal(first_scores(samples), first_scores(whole))
+    assert "without 1 of the 4 evaluations of the model, in which another node left out blocks" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "block,reason", [(1, "block 2 ran where block 1 was due"), (2, "block 2 did not run")]
+)
+@pytest.mark.parametrize("name", ["chroma", "qwen_image", "sd35_medium"])
+def test_a_block_that_never_runs_is_named_as_the_reason(model, row, block, reason):
+    samples = sample(observed(leaving_out(model, [block], [0, 1]), row), row)
+    with pytest.raises(
+        RecordingError, match=f"although 2 evaluations of the model ran .{reason}.*skip-layer"
+    ):
+        recording(samples)
 
 
 @pytest.mark.parametrize("node", [easycache.EasyCacheNode, easycache.LazyCacheNode])

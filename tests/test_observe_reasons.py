@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -58,8 +60,23 @@ def test_a_block_left_out_is_named_as_the_reason(model):
     skipping.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 1)
     samples = sample(observed(skipping))
     assert torch.equal(samples, sample(skipping))
-    with pytest.raises(RecordingError, match="block 2 ran where block 1 was due"):
+    with pytest.raises(RecordingError, match="nothing.*3 evaluations.*block 2 ran where block 1 was due"):
         recording(samples)
+
+
+def test_evaluations_in_which_a_node_leaves_a_block_out_are_absent(model, caplog):
+    count = itertools.count()
+
+    def leave_out(args: dict, extra: dict) -> dict:
+        return args if next(count) % 3 == 1 else extra["original_block"](args)
+
+    skipping = model.clone()
+    skipping.set_model_patch_replace(leave_out, "dit", "double_block", 1)
+    samples = sample(observed(skipping))
+    assert torch.equal(samples, sample(skipping))
+    assert recording(samples).steps == (0, 2)
+    assert "1 of the 3 evaluations" in caplog.text
+    assert "block 2 ran where block 1 was due" in caplog.text
 
 
 def zeros_by_diffusion_model_wrapper(model: ModelPatcher) -> None:
@@ -94,7 +111,7 @@ def without_patches(args: dict, extra: dict) -> dict:
     [
         ([0, 1, 2], "recorded nothing.*3 evaluations.*TeaCache"),
         ([2], "recorded nothing.*3 evaluations.*TeaCache"),
-        ([0], "block 1 ran where block 0 was due"),
+        ([0], "recorded nothing.*3 evaluations.*block 1 ran where block 0 was due"),
     ],
     ids=["all", "the last", "the first"],
 )

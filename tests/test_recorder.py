@@ -52,6 +52,19 @@ def test_skipped_evaluations_are_absent():
     assert [float(s.mean()) for s in found.scores["output"]] == [1.0, 3.0]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_of_an_evaluation_that_was_read_in_part_nothing_is_kept(first):
+    made = recorder()
+    whole, part = (made.evaluation(torch.tensor([sigma])) for sigma in (1.0, 0.5))
+    made.add(whole, a_pass(1.0))
+    calls = [lambda: made.add(part, a_pass(2.0)), lambda: made.leave_out(part, "block 1 did not run")]
+    for call in calls if first else reversed(calls):
+        call()
+    recording = made.finish()
+    assert recording.steps == (0,)
+    assert (recording.scores["output"][0] == 1.0).all()
+
+
 def test_several_conditionings_of_one_evaluation_are_averaged():
     found = finish([a_pass(1.0), a_pass(4.0)])
     assert (found.scores["output"][0] == 2.5).all()

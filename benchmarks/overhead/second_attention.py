@@ -32,7 +32,6 @@ class SecondAttention(ConceptStream):
     def score(self, layer: int, image_out: Tensor) -> None:
         self.vectors.append((self._attended.cpu(), image_out.cpu(), *self._queries))
         self.hidden = self._block.update(self.hidden, self._attended)
-        self._next = layer + 1
 
     @property
     def complete(self) -> bool:

@@ -275,7 +275,7 @@ class _Observer:
         with guard:
             if not guard.broken:
                 grid = self.family.grid(model, call.x)
-                self._record(evaluation, look.layers, chunks, reading.scores(), grid)
+                self._record(evaluation, look.layers, chunks, reading, grid)
         return out
 
     def _reading(
@@ -302,11 +302,13 @@ class _Observer:
         evaluation: Evaluation,
         layers: tuple[int, ...],
         chunks: list[Chunk],
-        scores_of_chunks: list[dict[str, Tensor]],
+        reading: Reading,
         grid: Grid,
     ) -> None:
-        """Nothing, if a patch left blocks out: as if this evaluation had been skipped."""
-        for chunk, scores in zip(chunks, scores_of_chunks, strict=False):
+        if reading.gap:
+            evaluation.recorder.leave_out(evaluation, reading.gap)
+            return
+        for chunk, scores in zip(chunks, reading.scores(), strict=True):
             scores, copied = _to_cpu({space: s.unflatten(-1, grid) for space, s in scores.items()})
             place = (chunk.weight, chunk.default, chunk.frames)
             evaluation.recorder.add(

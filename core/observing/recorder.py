@@ -49,7 +49,7 @@ class Pass:
 class Evaluation:
     """One evaluation of the model by the sampler. ``armed`` while its main pass runs, if it is to be recorded
     at all: extra passes that guidance methods add are not. ``calls`` of the model were met, with the positive
-    conditionings ``seen``."""
+    conditionings ``seen``. With a ``gap`` one of them could not be read, and nothing is kept."""
 
     recorder: Recorder
     sigma: Tensor
@@ -57,6 +57,7 @@ class Evaluation:
     passes: list[Pass] = field(default_factory=list)
     calls: int = 0
     seen: set = field(default_factory=set)
+    gap: str | None = None
 
     @property
     def arrived(self) -> bool:
@@ -130,8 +131,17 @@ class Recorder:
         self._evaluations.append(evaluation)
         return evaluation
 
+    def leave_out(self, evaluation: Evaluation, gap: str) -> None:
+        """Keep nothing of the evaluation, as if it had not been: another node left blocks out."""
+        with self._lock:
+            evaluation.gap = evaluation.gap or gap
+            self._bytes -= sum(s.nbytes for p in evaluation.passes for s in p.scores.values())
+            evaluation.passes.clear()
+
     def add(self, evaluation: Evaluation, recorded: Pass) -> None:
         with self._lock:
+            if evaluation.gap:
+                return
             if recorded.layers != self.layers and recorded.copied is not None:
                 recorded.copied.synchronize()
             for earlier in self._evaluations:
@@ -190,6 +200,14 @@ class Recorder:
             raise RecordingError(
                 f"Concept Attention recorded nothing while this LATENT was sampled{self._why_nothing(taken)}"
             )
+        if gaps := [e.gap for e in self._evaluations if e.gap]:
+            logging.warning(
+                "Concept Attention: maps are made without %d of the %d evaluations of the model, in which "
+                "another node left out blocks or ran them otherwise (%s).",
+                len(gaps),
+                len(self._evaluations),
+                gaps[0],
+            )
         sigmas = [float(e.sigma.flatten()[0]) for e in evaluations]
         steps = tuple(_step(self._schedule, sigma) for sigma in sigmas)
         broken: dict[int, tuple[int, int]] = {}
@@ -234,10 +252,11 @@ class Recorder:
                 "its timestep range (ConditioningSetTimestepRange), and at the sampler's steps and denoise."
             )
         if count:
+            gap = next((f" ({e.gap})" for e in self._evaluations if e.gap), "")
             return (
-                f", although {count} evaluations of the model ran. Another node replaces the model's forward "
-                "pass or skips it (TeaCache and similar caches, a compiled or replaced model). Switch such "
-                "nodes off one by one and sample again."
+                f", although {count} evaluations of the model ran{gap}. Another node replaces the model's "
+                "forward pass, skips it or leaves out blocks of it (TeaCache and similar caches, skip-layer "
+                "nodes, a compiled or replaced model). Switch such nodes off one by one and sample again."
             )
         if taken:
             return (

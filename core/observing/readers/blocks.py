@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ...architectures.family import BlockCall, JointFamily
 from ...geometry import Grid
 from .embedding import OTHERS, embedded
-from .reading import Complete, Guard, Look, ModelCall, named, uncompiled
+from .reading import Complete, Guard, Look, ModelCall, RunningOrder, named, uncompiled
 from .stream import dot_products, normalized_over_concepts
 
 try:
@@ -61,11 +61,11 @@ class BlockReading:
         self._hidden, self._positions = self._embed(model, call)
         self._scores: dict[str, list[Tensor]] = {space: [] for space in look.spaces}
         self._block: _Block | None = None
-        self._next = 0
+        self._order = RunningOrder(max(look.layers))
 
     @property
-    def _complete(self) -> bool:
-        return self._next > max(self._look.layers)
+    def gap(self) -> str | None:
+        return self._order.gap
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[dict]:
@@ -83,7 +83,7 @@ class BlockReading:
                 block, self._block = self._block, None
                 with self._guard, _outside_allocation_graphs():
                     self._attended(block, _Attention.of(*args, **kwargs), out)
-                if self._stop and self._complete:
+                if self._stop and self._order.complete:
                     raise Complete
             return out
 
@@ -101,7 +101,7 @@ class BlockReading:
         return {}
 
     def scores(self) -> list[dict[str, Tensor]]:
-        if not self._complete:
+        if self.gap:
             return []
         stacked = {space: torch.stack(layers) for space, layers in self._scores.items()}
         return [{space: scores[:, part] for space, scores in stacked.items()} for part in self._rows]
@@ -118,8 +118,8 @@ class BlockReading:
 
     def _attended(self, block: _Block, seen: _Attention, out: Tensor) -> None:
         """Concepts go through the block, and are scored against the picture's rows ``out``."""
-        if block.layer != self._next:
-            raise RuntimeError(f"block {block.layer} ran where block {self._next} was due")
+        if not self._order.enters(block.layer):
+            return
         text = self._family.text(block.call)
         picture = self._family.picture(block.call, seen.length)
         if picture.stop > seen.length:
@@ -136,7 +136,7 @@ class BlockReading:
             self._record(
                 concepts, seen, picture, out if out.ndim == 3 else rearrange(out, "b h l d -> b l (h d)")
             )
-        self._next = block.layer + 1
+        self._order.left()
 
     def _record(self, concepts: _Concepts, seen: _Attention, picture: slice, out: Tensor) -> None:
         for space, scores in self._scores.items():

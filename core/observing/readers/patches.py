@@ -89,12 +89,16 @@ class PatchReading:
             yield
 
     def scores(self) -> list[dict[str, Tensor]]:
-        if not all(stream.complete for _, stream in self._streams):
+        if self.gap:
             return []
         return [
             {space: torch.stack(layers) for space, layers in stream.scores.items()}
             for _, stream in self._streams
         ]
+
+    @property
+    def gap(self) -> str | None:
+        return self._streams[0][1].gap
 
     # What dynamo makes of a hook for one call it would keep for all: compiled blocks call it uncompiled.
     @torch.compiler.disable
@@ -116,7 +120,7 @@ class PatchReading:
             with self._guard:
                 for part, stream in self._streams:
                     stream.score(extra_options["block_index"], out[part, self._patches(extra_options)])
-            if self._stop and all(stream.complete for _, stream in self._streams):
+            if self._stop and self._streams[0][1].complete:
                 raise Complete
         return out
 

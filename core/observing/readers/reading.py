@@ -122,6 +122,41 @@ class Complete(BaseException):
     """
 
 
+class RunningOrder:
+    """How far a call has been read: block by block, up to the ``last`` that is wanted. Once another block ran
+    than was due (other nodes leave blocks out, as caches do), no more is read."""
+
+    def __init__(self, last: int) -> None:
+        self._last = last
+        self._due = 0
+        self._other: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self._due > self._last
+
+    @property
+    def gap(self) -> str | None:
+        """Why it is not complete, if it will not be any more when the call has ended."""
+        if self.complete:
+            return None
+        if self._other is None:
+            return f"block {self._due} did not run"
+        return f"block {self._other} ran where block {self._due} was due"
+
+    def enters(self, block: int) -> bool:
+        """Whether the ``block`` that runs now is to be read."""
+        if self.complete or self._other is not None:
+            return False
+        if block != self._due:
+            self._other = block
+        return block == self._due
+
+    def left(self) -> None:
+        """The block that was due has been read."""
+        self._due += 1
+
+
 class Reading(Protocol):
     """One call of the model as it is read.
 
@@ -150,4 +185,8 @@ class Reading(Protocol):
         """While it is open, a call with the ``transformer_options`` that it gives is read."""
 
     def scores(self) -> list[dict[str, Tensor]]:
-        """For each part of ``rows`` and each space, (L, B, K, N) float32; empty if blocks were left out."""
+        """For each part of ``rows`` and each space, (L, B, K, N) float32; none if there is a ``gap``."""
+
+    @property
+    def gap(self) -> str | None:
+        """After the call: what kept it from being read, for the user; None if nothing did."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .reading import RunningOrder
+
 SPACES = ("output", "cross-attention", "value", "output, normalized concepts")
 
 # Matrix products of half-precision factors that keep the float32 they are summed in: CUDA, PyTorch 2.8.
@@ -47,7 +49,7 @@ class ConceptStream:
 
     Give it every double-stream block in order: ``attend`` before the block's attention, ``score`` after
     it. ``scores[space]`` then holds one (B, K, N) float32 tensor for each layer of ``layers``. After the
-    last of them nothing more is computed.
+    last of them nothing more is computed, nor after a block that was not due.
 
     ``attend_image`` and ``attend_concepts`` choose the keys of the concepts' attention (the paper's
     Table 3; both on is the method). With neither, a concept's output is its own value.
@@ -66,28 +68,28 @@ class ConceptStream:
         self.scores: dict[str, list[Tensor]] = {space: [] for space in spaces}
         self._text = text
         self._layers = frozenset(layers)
-        self._last = max(layers)
+        self._order = RunningOrder(max(layers))
         self._attend_image = attend_image
         self._attend_concepts = attend_concepts
-        self._next = 0
 
     @property
     def complete(self) -> bool:
         """Whether every layer to be recorded has been."""
-        return self._next > self._last
+        return self._order.complete
+
+    @property
+    def gap(self) -> str | None:
+        """Why it is not, once the forward pass has ended."""
+        return self._order.gap
 
     def attend(self, layer: int, image_q: Tensor, image_k: Tensor, image_v: Tensor, rotate) -> None:
         """Concepts attend to [concepts, image]. The image's q, k, v are (B, H, N, d), before RoPE.
 
         ``rotate`` applies RoPE to the image keys. Concepts sit at position 0, where RoPE is the identity.
-
-        Raises:
-            RuntimeError: ``layer`` is not the one after the last (something skipped a block).
         """
-        if self.complete:
+        self._entered = self._order.enters(layer)
+        if not self._entered:
             return
-        if layer != self._next:
-            raise RuntimeError(f"double-stream block {layer} ran where block {self._next} was due")
         self._block = self._text.block(layer)
         q, k, v = self._block.qkv(self.hidden)
         if layer in self._layers:
@@ -107,7 +109,7 @@ class ConceptStream:
     def score(self, layer: int, image_out: Tensor) -> None:
         """Record o_c . o_x, then update the stream. ``image_out`` is the image's rows (B, N, D) of the
         model's own attention output, before its projection."""
-        if self.complete:
+        if not self._entered:
             return
         if layer in self._layers:
             self._record("output", self._attended, image_out)
@@ -115,7 +117,7 @@ class ConceptStream:
                 self._record(
                     "output, normalized concepts", normalized_over_concepts(self._attended), image_out
                 )
-        self._next = layer + 1
+        self._order.left()
         if not self.complete:
             self.hidden = self._block.update(self.hidden, self._attended)
 

@@ -64,8 +64,9 @@ class WordReading:
         self._scores: dict[int, list[Tensor]] = {}
 
     @property
-    def _complete(self) -> bool:
-        return len(self._scores) == len(self._look.layers)
+    def gap(self) -> str | None:
+        absent = [layer for layer in self._look.layers if layer not in self._scores]
+        return f"layer {absent[0]} did not run" if absent else None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[dict]:
@@ -92,7 +93,7 @@ class WordReading:
             with self._guard:
                 self._scores[seen.number] = self._read(seen, keys)
             seen.queries = None
-            if self._stop and self._complete:
+            if self._stop and self.gap is None:
                 raise Complete
 
         return answered
@@ -121,7 +122,7 @@ class WordReading:
         return found
 
     def scores(self) -> list[dict[str, Tensor]]:
-        if not self._complete:
+        if self.gap:
             return []
         layers = [self._scores[layer] for layer in self._look.layers]
         return [{"probability": torch.stack(parts)} for parts in zip(*layers, strict=True)]
