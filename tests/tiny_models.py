@@ -18,6 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import comfyui
 from concept_attention.core.concepts import Concepts, ConceptTokens
@@ -63,6 +64,8 @@ class Row:
         g = torch.Generator().manual_seed(seed)
         context = torch.randn(1, tokens or self.tokens, self.width, generator=g)
         values = {name: value(g) if callable(value) else value for name, value in self.values.items()}
+        if (mask := values.get("attention_mask")) is not None:
+            values["attention_mask"] = F.pad(mask, (context.shape[1] - mask.shape[1], 0), value=1)
         # Text encoders that make none give None, and ComfyUI 0.18's Flux.2 looks for it.
         return [[context, {"pooled_output": None, **values}]]
 
@@ -712,7 +715,7 @@ _WAN = {
     "num_layers": 3,
 }
 _LTX = {
-    "in_channels": 16,
+    "in_channels": 128,
     "cross_attention_dim": 128,
     "attention_head_dim": 64,
     "num_attention_heads": 2,
@@ -820,7 +823,7 @@ WORDS = {
         "LTXV",
         {**_LTX, "image_model": "ltxv"},
         64,
-        (16, 3, 5, 8),
+        (128, 3, 5, 8),
         values={"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]])},
     ),
     "ltx2": Row(
@@ -828,7 +831,7 @@ WORDS = {
         "LTXAV",
         _LTX2,
         64,
-        (16, 3, 5, 8),
+        (128, 3, 5, 8),
         sound=(8, 6, 16),
         values={"unprocessed_ltxav_embeds": True},
     ),
@@ -845,7 +848,7 @@ WORDS = {
             "cross_attention_adaln": True,
         },
         192,
-        (16, 3, 5, 8),
+        (128, 3, 5, 8),
         sound=(8, 6, 16),
         values={"unprocessed_ltxav_embeds": True},
     ),
