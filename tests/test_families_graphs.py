@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import comfy.controlnet
+import comfy.model_base
 import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy_extras.nodes_context_windows as context_windows
 import comfy_extras.nodes_easycache as easycache
 import comfy_extras.nodes_flux as flux_nodes
+import comfy_extras.nodes_model_advanced as model_advanced
 import comfy_extras.nodes_nag as nag
 import comfy_extras.nodes_slg as slg
 import comfy_extras.nodes_torch_compile as torch_compile
@@ -571,8 +574,7 @@ def test_a_look_at_a_picture_is_the_first_evaluation_of_sampling_and_leaves_noth
     guider = comfy.samplers.CFGGuider(observed(model, row, layers=[1]))
     guider.inner_set_conds({"positive": row.conditioning(2)})
     for level, scores in zip(found.sigmas, scores_of(found), strict=True):
-        flow = isinstance(sampling, comfy.model_sampling.CONST)
-        sigma = level if flow else 0.3 / 0.7 if level == 0.3 else float(sampling.sigma_max)
+        sigma = noise_of(sampling, level)
         noise = comfy.sample.prepare_noise(latent, 0)
         x = sampling.noise_scaling(
             torch.tensor(sigma), noise.clone(), guider.model_patcher.model.process_latent_in(latent)
@@ -591,6 +593,79 @@ class Once(comfy.samplers.Sampler):
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args) -> Tensor:
         model_wrap(self._x, sigmas[:1].expand(len(self._x)), **extra_args)
         return self._x.clone()
+
+
+def noise_of(sampling: nn.Module, level: float) -> float:
+    """The sigma that a level stands for: of flow matching its own, else the training timestep's."""
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        return level
+    place = level * (len(sampling.log_sigmas) - 1)
+    low, share = int(place), place % 1
+    logs = [float(s) for s in sampling.log_sigmas[low : low + 2]]
+    return math.exp(logs[0] + share * (logs[-1] - logs[0]))
+
+
+def resampled(model: ModelPatcher, sampling: str, **options) -> ModelPatcher:
+    node = {"edm": model_advanced.ModelSamplingContinuousEDM}.get(
+        sampling, model_advanced.ModelSamplingDiscrete
+    )
+    (patched,) = node().patch(model, sampling, **options)
+    return patched
+
+
+SCHEDULES = {
+    "eps": lambda: tiny("sdxl"),
+    "v": lambda: resampled(tiny("sdxl"), "v_prediction", zsnr=False),
+    "v to pure noise": lambda: resampled(tiny("sdxl"), "v_prediction", zsnr=True),
+    "CogVideoX": lambda: tiny("cogvideox"),
+    "EDM": lambda: resampled(tiny("sdxl"), "edm", sigma_max=80.0, sigma_min=0.002),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_levels_are_progress_through_the_training_timesteps(schedule, monkeypatch):
+    model = SCHEDULES[schedule]()
+    row = ROWS["cogvideox"] if schedule == "CogVideoX" else WORDS["sdxl"]
+    seen = []
+    apply = comfy.model_base.BaseModel.apply_model
+    monkeypatch.setattr(
+        comfy.model_base.BaseModel,
+        "apply_model",
+        lambda self, x, t, *args, **options: (seen.append(float(t[0])), apply(self, x, t, *args, **options))[
+            1
+        ],
+    )
+    levels = (1.0, 0.7, 0.31, 0.001)
+    found = look(model, row, row.noise(seed=9), levels=levels)
+    assert found.sigmas == levels, "as it was asked for"
+    assert all(scores.isfinite().all() for scores in scores_of(found))
+    sampling = model.get_model_object("model_sampling")
+    assert seen == pytest.approx([noise_of(sampling, level) for level in levels], rel=1e-4)
+    assert seen[0] == pytest.approx(float(sampling.sigma_max))
+    assert step_levels(model, "0, 1, 3", 4) == (1.0, 0.75, 0.25)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_at_level_0_the_picture_is_looked_at_as_it_is(schedule):
+    model = SCHEDULES[schedule]()
+    row = ROWS["cogvideox"] if schedule == "CogVideoX" else WORDS["sdxl"]
+    looks = [look(model, row, row.noise(seed=9), levels=(0.0,), seed=seed) for seed in (0, 1)]
+    first, second = (scores_of(found)[0] for found in looks)
+    assert first.isfinite().all()
+    assert relative(second, first) <= (0.05 if schedule == "EDM" else 0)  # it knows no picture without noise
+
+
+def test_levels_of_cosmos_are_those_of_its_flow(monkeypatch):
+    model, row = tiny("cosmos_predict2"), WORDS["cosmos_predict2"]
+    seen = []
+    scaling = comfy.model_sampling.COSMOS_RFLOW.noise_scaling
+    monkeypatch.setattr(
+        comfy.model_sampling.COSMOS_RFLOW,
+        "noise_scaling",
+        lambda self, sigma, *args: (seen.append(float(sigma)), scaling(self, sigma, *args))[1],
+    )
+    look(model, row, row.noise(seed=9), levels=(1.0, 0.5, 0.2, 0.0))
+    assert seen == pytest.approx([80.0, 1.0, 0.25, 0.0])
 
 
 @pytest.mark.parametrize("name", IMAGES)

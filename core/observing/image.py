@@ -19,7 +19,7 @@ import comfy.sample
 import comfy.utils
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
-from comfy.model_sampling import CONST
+from comfy.model_sampling import CONST, COSMOS_RFLOW
 from comfy.samplers import CFGGuider, Sampler
 from torch import Tensor, nn
 
@@ -67,8 +67,8 @@ def observe_image(
         image_size: height and width of the images in pixels, which may be less than the latent's: what
             ``encode_images`` padded.
         levels: noise levels (the t of flow matching) from 0, the image as it is, to 1, noise only:
-            (1 - t) * latent + t * noise. Models of another schedule are given as much noise for each part of
-            the image, but no more than they know.
+            (1 - t) * latent + t * noise. Models of another schedule are given the noise of t * 1000 of their
+            1000 training timesteps.
         samples: noise samples per level, S. All levels share them.
         seed: sample i is the noise that ComfyUI draws for seed + i, as in the reference.
         noise: the noise itself, (S, *latent.shape), in place of that of ``samples`` and ``seed``.
@@ -186,20 +186,30 @@ def step_levels(model: ModelPatcher, text: str, of: int) -> tuple[float, ...]:
                 f"There is no noise step {step} of {of}: steps go from 0 (noise only) to {of - 1}."
             )
     sampling = model.get_model_object("model_sampling")
-    return _checked([_level(sampling, float(sampling.percent_to_sigma(step / of))) for step in steps])
+    return _checked([_step_level(sampling, step / of) for step in steps])
 
 
 def _sigma(sampling: nn.Module, level: float) -> float:
-    """By the model's schedule. Where that is not of flow matching, noise is added to an image that keeps its
-    size: t / (1 - t) of it is as much for each part of the image."""
+    """By the model's schedule, of which 0 is no noise and 1 the most that it knows."""
     if isinstance(sampling, CONST):
         return level
     most = float(sampling.sigma_max)
-    return min(level / (1 - level), most) if level < 1 else most
+    if isinstance(sampling, COSMOS_RFLOW):  # flow matching, but for the scale of its sigmas
+        return min(level / (1 - level), most) if level < 1 else most
+    # Some are told the logarithm of the noise, which 0 has none of.
+    tells_none = sampling.timestep(torch.zeros(1)).isfinite().all()
+    least = 0.0 if tells_none else float(sampling.sigma_min)
+    return min(max(sampling.percent_to_sigma(1 - level), least), most)
 
 
-def _level(sampling: nn.Module, sigma: float) -> float:
-    return sigma if isinstance(sampling, CONST) else sigma / (1 + sigma)
+def _step_level(sampling: nn.Module, progress: float) -> float:
+    """The level at which that part of a schedule is done."""
+    if isinstance(sampling, CONST):
+        return float(sampling.percent_to_sigma(progress))
+    if isinstance(sampling, COSMOS_RFLOW):
+        sigma = float(sampling.percent_to_sigma(progress))
+        return sigma / (1 + sigma)
+    return 1 - progress
 
 
 def _checked(levels: Sequence[float]) -> tuple[float, ...]:
