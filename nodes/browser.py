@@ -7,7 +7,7 @@ import base64
 import json
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from aiohttp import web
 from server import PromptServer
@@ -16,7 +16,7 @@ import nodes
 
 from ..core.drawing.live import LiveMaps, MapsSoFar
 from ..core.drawing.palette import hex_colours
-from ..core.drawing.transport import evaluation_means, layer, layer_means, pack
+from ..core.drawing.transport import evaluation_means, layer, layer_means, pack, video_mean
 from ..core.reading.maps import ConceptMaps
 
 # As long as ComfyUI keeps the maps in its cache, a viewer can ask for their layers.
@@ -123,16 +123,14 @@ def _links(prompt: dict, node_id: str) -> Iterator[tuple[str, int]]:
 def add_routes() -> None:
     routes = PromptServer.instance.routes
 
-    @routes.get("/concept_attention/{key}/{image}/{frames}")
+    @routes.get(r"/concept_attention/{key}/{image:\d+}/{frames}")
     async def recorded(request: web.Request) -> web.Response:
-        maps = _views.get(request.match_info["key"])
-        if maps is None:
-            raise web.HTTPGone(text="The recording is no longer in memory.")
-        try:
-            packet = await asyncio.to_thread(_packet, maps, **request.match_info)
-        except ValueError as error:
-            raise web.HTTPNotFound(text=str(error)) from error
-        return web.Response(body=packet, content_type="application/octet-stream")
+        return await _answer(request, _packet, request.match_info["image"], request.match_info["frames"])
+
+    @routes.get(r"/concept_attention/{key}/video/{video:\d+}")
+    async def recorded_video(request: web.Request) -> web.Response:
+        layers, steps = (request.query.get(name, "") for name in ("layers", "steps"))
+        return await _answer(request, _video_packet, request.match_info["video"], layers, steps)
 
     @routes.post("/concept_attention/live")
     async def live(request: web.Request) -> web.Response:
@@ -152,8 +150,21 @@ def add_routes() -> None:
         return web.Response()
 
 
-def _packet(maps: ConceptMaps, key: str, image: str, frames: str) -> bytes:
-    """Frames of an image: the "layers", the "evaluations", or all evaluations of the layer of a number."""
+async def _answer(request: web.Request, packet: Callable[..., bytes], *choice: str) -> web.Response:
+    """A packet of the maps that were asked for."""
+    maps = _views.get(request.match_info["key"])
+    if maps is None:
+        raise web.HTTPGone(text="The recording is no longer in memory.")
+    try:
+        content = await asyncio.to_thread(packet, maps, *choice)
+    except ValueError as error:
+        raise web.HTTPNotFound(text=str(error)) from error
+    return web.Response(body=content, content_type="application/octet-stream")
+
+
+def _packet(maps: ConceptMaps, image: str, frames: str) -> bytes:
+    """Frames of an image: the "layers", the "evaluations", or all evaluations of the layer of a number. The
+    latent frames of videos are images here."""
     index = int(image)
     if not 0 <= index < len(maps.values):
         raise ValueError(f"There is no image {index}.")
@@ -164,3 +175,11 @@ def _packet(maps: ConceptMaps, key: str, image: str, frames: str) -> bytes:
     else:
         chosen = layer(maps, index, int(frames))
     return pack(chosen, from_zero=maps.softmax)
+
+
+def _video_packet(maps: ConceptMaps, video: str, layers: str, steps: str) -> bytes:
+    """The mean over layers and steps, of which numbers are given, in all latent frames of a video."""
+    if int(video) >= maps.recording.batch:
+        raise ValueError(f"There is no video {video}.")
+    chosen = ([int(number) for number in numbers.split(",")] for numbers in (layers, steps))
+    return pack(video_mean(maps, int(video), *chosen), from_zero=maps.softmax)

@@ -70,20 +70,27 @@ class ConceptViewer(io.ComfyNode):
         concept: str,
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        count = len(maps.values) if image is None else len(images_of(maps, image))
-        packets = [_saved(pack(values[None]), "maps") for values in maps.values]
-        pictures = [None] if image is None else [_saved(picture(i), "jpg") for i in image]
+        durations = maps.recording.durations
+        count = len(maps.of_frames) if image is None else len(images_of(maps, image))
+        if count == len(maps.values):  # a picture for each latent frame
+            durations = (1,) * len(durations)
+        frames = sum(durations)
+        packets = [_saved(pack(v), "maps") for v in maps.values.split(len(durations))]
+        pictures = [] if image is None else [_saved(picture(i, of_video=frames > 1), "jpg") for i in image]
         view = {
             **_description(maps),
+            "durations": durations,
+            "between_frames": "hold",
             "key": publish(maps),
             "workflow": workflow_id(cls.hidden.extra_pnginfo) if cls.hidden else None,
             "images": [
                 {
                     "recorded": i % len(packets),
                     "maps": packets[i % len(packets)],
-                    "picture": pictures[i % len(pictures)],
+                    # A single picture is that of all.
+                    "pictures": pictures[i * frames : (i + 1) * frames] or pictures,
                 }
-                for i in range(count)
+                for i in range(count // frames)
             ],
         }
         return io.NodeOutput(threshold, _known(concept, maps), ui={"concept_view": [view]})

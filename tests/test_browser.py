@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,11 @@ from aiohttp.test_utils import TestClient, TestServer
 from server import PromptServer
 
 import nodes
+from concept_attention.core.drawing.transport import layer_means, pack, video_mean
+from concept_attention.core.reading.maps import concept_maps
 from concept_attention.nodes import browser
 from concept_attention.nodes.browser import showing
+from recordings import recording
 
 CA, VIEWER = "ConceptAttention", "ConceptViewer"
 
@@ -112,22 +116,59 @@ def test_lists_that_a_widget_holds_are_no_links():
 
 @pytest.fixture
 def page(monkeypatch):
-    """Gives the status of the answer to a wish. The page "here" is connected."""
+    """Gives the status of the answer to a wish, and status and content of that to a question. The page "here"
+    is connected."""
     fake = SimpleNamespace(routes=web.RouteTableDef(), sockets={"here": None}, client_id="here")
     monkeypatch.setattr(PromptServer, "instance", fake, raising=False)
     monkeypatch.setattr(browser, "_listening", set())
     browser.add_routes()
 
-    async def post(body: bytes, headers: dict | None) -> int:
+    async def answer(method: str, path: str, **content) -> tuple[int, bytes]:
         app = web.Application(client_max_size=10**8)
         app.add_routes(fake.routes)
         async with TestClient(TestServer(app)) as client:
-            answer = await client.post("/concept_attention/live", data=body, headers=headers)
-            return answer.status
+            answer = await client.request(method, f"/concept_attention/{path}", **content)
+            return answer.status, await answer.read()
 
     page = SimpleNamespace(sockets=fake.sockets)
-    page.say = lambda body, headers=None: asyncio.run(post(body, headers))
+    page.say = lambda body, headers=None: asyncio.run(answer("POST", "live", data=body, headers=headers))[0]
+    page.ask = lambda path: asyncio.run(answer("GET", path))
     return page
+
+
+def test_a_page_asks_for_the_mean_of_layers_and_steps_in_all_latent_frames_of_a_video(page):
+    maps = concept_maps(replace(recording(batch=6), durations=(1, 4, 4)))
+    key = browser.publish(maps)
+    expected = pack(video_mean(maps, 1, [0, 5], [1, 2]))
+    assert page.ask(f"{key}/video/1?layers=0,5&steps=1,2") == (200, expected)
+    latent_frame = pack(layer_means(maps, 4))
+    assert page.ask(f"{key}/4/layers") == (200, latent_frame)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "video/2?layers=0&steps=0",
+        "video/-1?layers=0&steps=0",
+        "video/0",
+        "video/0?layers=&steps=0",
+        "video/0?layers=0&steps=9",
+        "video/0?layers=17&steps=0",
+        "video/0?layers=a&steps=0",
+        f"video/{'9' * 5000}?layers=0&steps=0",
+        "6/layers",
+        "0/none",
+    ],
+)
+def test_what_was_not_recorded_is_not_found(page, path):
+    maps = concept_maps(replace(recording(batch=6), durations=(1, 4, 4)))
+    status, _ = page.ask(f"{browser.publish(maps)}/{path}")
+    assert status == 404
+
+
+def test_maps_that_are_no_longer_in_memory_are_gone(page):
+    assert page.ask("other/video/0?layers=0&steps=0")[0] == 410
+    assert page.ask("other/0/layers")[0] == 410
 
 
 def test_a_page_is_listened_to_until_it_says_otherwise(page):

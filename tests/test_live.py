@@ -123,6 +123,25 @@ def test_maps_so_far_are_nothing_where_no_prompt_is_at_work(recorder):
     assert torch.allclose(sent[1].values, expected, atol=1e-6)
 
 
+def test_of_videos_they_are_those_of_the_first_frame_which_is_the_one_that_comfyui_previews(recorder):
+    video = Recorder(
+        recorder.concepts,
+        (0, 1),
+        (0, 1),
+        torch.linspace(1, 0, 5),
+        2,
+        Grid(3, 4, 4),
+        (64, 64),
+        (1.0, 1.0),
+        durations=(1, 4, 4),
+    )
+    sent = []
+    scores = torch.randn(2, 2, 3, 3, 4, 4)
+    video.add(video.evaluation(torch.ones(1)), Pass(slice(0, 2), Grid(0, 0, 0), (0, 1), {"output": scores}))
+    LiveMaps(sent.append, lambda: True, interval=0)(video)
+    assert torch.allclose(sent[0].values, scores[:, 0, :, 0].softmax(1).mean(0), atol=1e-6)
+
+
 def test_scores_leave_pinned_memory_as_soon_as_they_have_arrived(recorder):
     class Event(Arrival):
         def synchronize(self) -> None:

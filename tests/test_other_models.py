@@ -153,7 +153,7 @@ def test_it_runs_from_the_sampler_to_heatmaps_and_masks(server, shown, name):
     (view,) = outputs[workflow.find(graph, "Concept Viewer")]["concept_view"]
     assert view["concepts"] == ["dragon", "rock", "sky", "background"]
     assert len(view["steps"]) == SAMPLING[name][0]
-    assert view["images"][0]["picture"]
+    assert view["images"][0]["pictures"]
 
 
 def test_the_picture_is_the_one_without_concept_attention(server, shown, name):

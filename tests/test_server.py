@@ -272,7 +272,7 @@ def test_the_viewer_of_the_saliency_workflow_has_every_concept_and_the_picture(s
     (view,) = result.entry["outputs"][number]["concept_view"]
     assert view["concepts"] == ["boat", "water", "sky", "background"]
     assert len(view["steps"]) == STEPS
-    assert view["images"][0]["picture"]
+    assert view["images"][0]["pictures"]
 
 
 def test_fill_changes_the_mask_and_leaves_what_is_outside_it(shown):

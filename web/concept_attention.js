@@ -28,8 +28,10 @@ const HEIGHT = 360;
 
 /** @type {import("./maps.mjs").Loader} */
 const load = {
-  file: (file) => api.fetchApi(`/view?${new URLSearchParams(file)}`),
+  file: (file, priority) => api.fetchApi(`/view?${new URLSearchParams(file)}`, { priority }),
   frames: (key, image, frames) => api.fetchApi(`/concept_attention/${key}/${image}/${frames}`),
+  video: (key, video, layers, steps) =>
+    api.fetchApi(`/concept_attention/${key}/video/${video}?layers=${layers}&steps=${steps}`),
 };
 
 /** @type {WeakMap<LGraphNode, Panel>} */

@@ -5,7 +5,9 @@
  *
  * What a run of Concept Viewer sends. `grid` is rows and columns; `coverage` the share of the grid's height
  * and width that the picture covers; `steps` and `sigmas` have one entry per evaluation of the model. Several
- * pictures may share the maps of one `recorded` image.
+ * pictures may share the maps of one `recorded` image. `durations` has one entry for each latent frame of a video,
+ * how many of its frames that one stands for, and a single 1 for images; `between_frames` is what shows in between
+ * them. A video is one of the `images`, with its frames' `pictures` or one for all of them.
  * @typedef {object} View
  * @property {string} key
  * @property {string | null} workflow the id of the one that it was queued from
@@ -13,6 +15,8 @@
  * @property {string[]} colours
  * @property {number} shown how many concepts are not background
  * @property {[number, number]} grid
+ * @property {number[]} durations
+ * @property {"linear" | "hold"} between_frames
  * @property {[number, number]} coverage
  * @property {boolean} softmax
  * @property {string} grounding of the node's maps; those of other layers and steps are always the "paper"'s
@@ -22,14 +26,16 @@
  * @property {number[]} sigmas
  * @property {number[]} chosen_layers
  * @property {number[]} chosen_steps
- * @property {{recorded: number, maps: TemporaryFile, picture: TemporaryFile | null}[]} images
+ * @property {{recorded: number, maps: TemporaryFile, pictures: TemporaryFile[]}[]} images
  *
  * @typedef {object} Loader
- * @property {(file: TemporaryFile) => Promise<Response>} file
+ * @property {(file: TemporaryFile, priority?: RequestPriority) => Promise<Response>} file
  * @property {(key: string, image: number, frames: string) => Promise<Response>} frames
+ * @property {(key: string, video: number, layers: number[], steps: number[]) => Promise<Response>} video
  */
 
-import { texts } from "./texts.mjs";
+import { Pictures } from "./pictures.mjs";
+import { received } from "./received.mjs";
 
 /** Frames of quantised maps. */
 export class Frames {
@@ -41,6 +47,14 @@ export class Frames {
     this.size = size;
     this.levels = new Uint8Array(packet, 8);
     for (let i = size; i < this.levels.length; i++) this.levels[i] += this.levels[i - size];
+  }
+
+  /** The values of all frames. */
+  get values() {
+    const { levels, low, step } = this;
+    const values = new Float32Array(levels.length);
+    for (let i = 0; i < levels.length; i++) values[i] = low + levels[i] * step;
+    return values;
   }
 
   /** @param {Float32Array} total @param {Iterable<number>} frames to add to it, value by value */
@@ -59,12 +73,13 @@ export async function unpack(packet, size) {
   return new Frames(await new Response(stream).arrayBuffer(), size);
 }
 
-/** The recorded maps of one image and its picture, fetched when somebody looks at them. */
+/** The recorded maps of one image or video, fetched when somebody looks at them. */
 export class RecordedMaps {
   /** @type {Map<string, Promise<Frames>>} */
   #fetched = new Map();
-  /** @type {Promise<ImageBitmap> | null} */
-  #picture = null;
+  /** The last mean that a video was asked for. @type {Promise<unknown>} */
+  #asked = Promise.resolve();
+  #request = 0;
 
   /** @param {View} view @param {number} image @param {Loader} load */
   constructor(view, image, load) {
@@ -72,22 +87,22 @@ export class RecordedMaps {
     this.image = image;
     this.load = load;
     this.size = view.concepts.length * view.grid[0] * view.grid[1];
+    this.pictures = new Pictures(view.images[image].pictures, load);
   }
 
   /**
-   * The mean over layers and evaluations. One packet serves every choice of layers as long as the steps are
-   * those that the node was given, and one every choice of steps; else a packet is fetched for each layer.
+   * The mean over layers and evaluations, in a video of each latent frame. Of an image one packet serves every
+   * choice of layers as long as the steps are those that the node was given, and one every choice of steps; else
+   * a packet is fetched for each layer. Of a video they would be too large, and the server takes the mean.
    * @param {number[]} layers @param {number[]} evaluations
    */
   async mean(layers, evaluations) {
     const { view } = this;
-    const values = new Float32Array(this.size);
     const givenLayers = same(layers, view.chosen_layers);
     const givenSteps = same(evaluations, chosenEvaluations(view));
-    if (givenLayers && givenSteps) {
-      (await this.#frames("chosen")).addTo(values, [0]);
-      return values;
-    }
+    if (givenLayers && givenSteps) return (await this.#frames("chosen")).values;
+    if (view.durations.length > 1) return this.#meanOfVideo(layers, evaluations);
+    const values = new Float32Array(this.size);
     let count;
     if (givenSteps) {
       const indexes = layers.map((layer) => view.layers.indexOf(layer));
@@ -104,12 +119,21 @@ export class RecordedMaps {
     return view.softmax ? values.map((v) => v / count) : stretched(values);
   }
 
-  async picture() {
-    const { picture } = this.view.images[this.image];
-    if (!picture) return null;
-    this.#picture ??= received(this.load.file(picture), createImageBitmap);
-    this.#picture.catch(() => (this.#picture = null));
-    return this.#picture;
+  /**
+   * Choices are asked for one after the other, and of those that came meanwhile only the last.
+   * @param {number[]} layers @param {number[]} evaluations
+   */
+  async #meanOfVideo(layers, evaluations) {
+    const { view, image, load } = this;
+    const request = ++this.#request;
+    await this.#asked;
+    if (request !== this.#request) throw new Error("Another choice came after this one.");
+    const steps = [...new Set(evaluations.map((i) => view.steps[i]))];
+    const asked = load.video(view.key, view.images[image].recorded, layers, steps);
+    const mean = received(asked, (packet) => unpack(packet, this.size));
+    this.#asked = mean.catch(() => {});
+    const { values } = await mean;
+    return view.softmax ? values : stretched(values);
   }
 
   /** @param {string} name */
@@ -132,23 +156,6 @@ export class RecordedMaps {
         : load.frames(view.key, view.images[image].recorded, name);
     return received(asked, (packet) => unpack(packet, this.size));
   }
-}
-
-/**
- * What ComfyUI was asked for; fails with a message for the user.
- * @template T
- * @param {Promise<Response>} asked @param {(content: Blob) => Promise<T>} decode
- */
-async function received(asked, decode) {
-  let message = texts.failed;
-  try {
-    const response = await asked;
-    if (response.ok) return await decode(await response.blob());
-    if (response.status === 404 || response.status === 410) message = texts.gone;
-  } catch (error) {
-    console.info("Concept Attention: the maps or the picture did not arrive.", error);
-  }
-  throw new Error(message);
 }
 
 /** The evaluations in the steps that the node was given. @param {View} view */

@@ -5,6 +5,7 @@
  * @typedef {import("./maps.mjs").View} View
  * @typedef {import("./maps.mjs").Loader} Loader
  * @typedef {import("./stage.mjs").Scene} Scene
+ * @typedef {import("./clip.mjs").Clip} Clip
  *
  * What the server sends while a model samples: `maps` is a packet in base64.
  * @typedef {Pick<View, "concepts" | "colours" | "shown" | "grid" | "coverage">
@@ -24,9 +25,11 @@
 
 import { Card } from "./card.mjs";
 import { Chips } from "./chips.mjs";
+import { highest } from "./clip.mjs";
 import { Controls } from "./controls.mjs";
 import { Selection } from "./selection.mjs";
 import { Stage, ranked } from "./stage.mjs";
+import { TimeBar } from "./time_bar.mjs";
 import { make } from "./dom.mjs";
 import { unpack } from "./maps.mjs";
 import { fill, texts } from "./texts.mjs";
@@ -36,6 +39,10 @@ export class Panel {
   #chosen = null;
   /** What is on the canvas, or was before a run: the same, unless it is on its way. @type {Selection | null} */
   #shown = null;
+  /** The same, if it is no run. @type {Clip | null} */
+  #clip = null;
+  /** Until the frame that is wanted is shown. @type {Promise<void> | null} */
+  #seeking = null;
   /** @type {number | null} */
   #hovered = null;
   #isBare = false;
@@ -76,6 +83,7 @@ export class Panel {
         this.#redraw();
       },
     );
+    this.time = new TimeBar(() => (this.#seeking ??= this.#seek().finally(() => (this.#seeking = null))));
     this.controls = new Controls({
       setOpacity: (opacity) => this.#change({ opacity }),
       setThreshold: (threshold) => this.#change({ threshold }),
@@ -99,6 +107,7 @@ export class Panel {
       "div",
       { className: "concept-viewer" },
       this.stage.element,
+      this.time.element,
       this.chips.element,
       this.controls.element,
       this.controls.bar,
@@ -106,6 +115,10 @@ export class Panel {
     );
     window.addEventListener("wheel", this.#keepWheel, true);
     this.element.addEventListener("fullscreenchange", () => this.#adapt());
+    this.element.addEventListener("keydown", (event) => {
+      if (this.time.element.hidden || event.defaultPrevented) return;
+      if (!event.ctrlKey && !event.metaKey && !event.altKey) this.time.key(event);
+    });
     // The graph may have changed since.
     this.element.addEventListener("pointerenter", () => this.#showSelection());
     this.resizing = new ResizeObserver(() => {
@@ -134,6 +147,7 @@ export class Panel {
   async showLive(live, preview) {
     const request = this.#begin();
     this.#live = true;
+    this.time.stop();
     const { concepts, colours, shown, grid, coverage } = live;
     const size = concepts.length * grid[0] * grid[1];
     const packet = Uint8Array.from(atob(live.maps), (c) => c.charCodeAt(0));
@@ -142,9 +156,12 @@ export class Panel {
       preview ? createImageBitmap(preview) : null,
     ]);
     if (request !== this.#request) return;
-    const values = new Float32Array(size);
-    frames.addTo(values, [0]);
-    this.#setScene({ concepts, colours, shown, grid, coverage, values, picture });
+    const { values } = frames;
+    const foreground = values.subarray(0, shown * grid[0] * grid[1]);
+    this.#clip = null;
+    this.#setScene({
+      concepts, colours, shown, grid, coverage, values, picture, count: 1, highest: highest(foreground),
+    });
     this.status.textContent = fill(texts.sampling, live.evaluations);
     this.#end(request);
   }
@@ -161,6 +178,7 @@ export class Panel {
 
   dispose() {
     window.removeEventListener("wheel", this.#keepWheel, true);
+    this.time.stop();
     this.resizing.disconnect();
     this.#request++;
   }
@@ -179,18 +197,45 @@ export class Panel {
       if (request === this.#request) this.status.textContent = texts.loading;
     }, 150);
     try {
-      const scene = await selection.scene();
+      const clip = await selection.clip(this.time.frame);
+      const frame = Math.min(this.time.frame, clip.count - 1);
+      const scene = await clip.scene(frame);
       if (request !== this.#request) return;
       this.#live = false;
       this.#shown = selection;
+      this.#clip = clip;
+      this.time.of(clip.count);
+      this.time.tell(frame);
       this.#setScene(scene);
       this.status.textContent = "";
       this.#forget();
+      if (frame !== this.time.frame) this.time.onFrame();
     } catch (error) {
       if (request === this.#request) this.#fail(error);
     } finally {
       clearTimeout(waiting);
       this.#end(request);
+    }
+  }
+
+  /** Show the frame that is wanted; while its picture is on its way another one may be. */
+  async #seek() {
+    try {
+      let clip, frame;
+      do {
+        clip = this.#clip;
+        frame = this.time.frame;
+        if (!clip) return;
+        const scene = await clip.scene(frame);
+        if (clip !== this.#clip) continue;
+        this.time.tell(frame);
+        this.stage.show(scene);
+        if (this.stage.patch) this.#point(this.stage.patch, false);
+        this.#draw();
+      } while (clip !== this.#clip || frame !== this.time.frame);
+    } catch (error) {
+      this.time.stop();
+      this.status.textContent = messageOf(error);
     }
   }
 
@@ -206,11 +251,10 @@ export class Panel {
 
   /** @param {unknown} error */
   #fail(error) {
-    const message = error instanceof Error ? error.message : `${error}`;
     this.#chosen = this.#shown;
     this.#update();
-    if (this.stage.scene) this.status.textContent = message;
-    else this.stage.notice.textContent = message;
+    if (this.stage.scene) this.status.textContent = messageOf(error);
+    else this.stage.notice.textContent = messageOf(error);
   }
 
   /** @param {Scene} scene */
@@ -224,6 +268,7 @@ export class Panel {
   #update() {
     const { scene } = this.stage;
     this.element.classList.toggle("empty", !scene);
+    this.time.element.hidden = !scene || scene.count < 2;
     this.controls.set(this.settings);
     this.controls.bare.hidden = !scene?.picture;
     this.#showSelection();
@@ -314,16 +359,19 @@ export class Panel {
   }
 
   #redraw() {
-    this.#drawing ||= requestAnimationFrame(() => {
-      this.#drawing = 0;
-      const { scene, highest } = this.stage;
-      if (!scene) return;
-      const look = this.#look(scene);
-      this.stage.draw(look);
-      const { drawn, threshold } = look;
-      const alone = drawn.length === 1 ? { area: this.stage.area(drawn[0], threshold), highest } : null;
-      this.controls.measure(threshold, alone);
-    });
+    this.#drawing ||= requestAnimationFrame(() => this.#draw());
+  }
+
+  #draw() {
+    cancelAnimationFrame(this.#drawing);
+    this.#drawing = 0;
+    const { scene } = this.stage;
+    if (!scene) return;
+    const look = this.#look(scene);
+    this.stage.draw(look);
+    const { drawn, threshold } = look;
+    const alone = drawn.length === 1 ? { area: this.stage.area(drawn[0], threshold), highest: scene.highest } : null;
+    this.controls.measure(threshold, alone);
   }
 
   /** Show the concepts at a patch. @param {import("./stage.mjs").Patch | null} patch @param {boolean} byKey */
@@ -372,4 +420,9 @@ export class Panel {
     URL.revokeObjectURL(link.href);
     this.status.textContent = fill(texts.saved, link.download);
   }
+}
+
+/** @param {unknown} error */
+function messageOf(error) {
+  return error instanceof Error ? error.message : `${error}`;
 }

@@ -1,3 +1,4 @@
+import { Clip } from "./clip.mjs";
 import { RecordedMaps, chosenEvaluations, same } from "./maps.mjs";
 
 /**
@@ -64,14 +65,15 @@ export class Selection {
     return new Selection(view, image, recorded, view.chosen_layers, chosenEvaluations(view));
   }
 
-  /** What is on the canvas, once it has come. @returns {Promise<import("./stage.mjs").Scene>} */
-  async scene() {
-    const { concepts, colours, shown, grid, coverage } = this.view;
-    const [values, picture] = await Promise.all([
-      this.recorded.mean(this.layers, this.evaluations),
-      this.recorded.picture(),
+  /** Its maps, once they have come with the picture of a frame, or of the last one before. @param {number} frame */
+  async clip(frame) {
+    const { view, recorded } = this;
+    const { pictures } = recorded;
+    const [values] = await Promise.all([
+      recorded.mean(this.layers, this.evaluations),
+      pictures.at(frame),
     ]);
-    return { concepts, colours, shown, grid, coverage, values, picture };
+    return new Clip(view, values, pictures);
   }
 }
 

@@ -3,9 +3,9 @@
  *
  * @typedef {import("./paint.mjs").Maps} Maps
  *
- * What is on the canvas.
+ * What is on the canvas: an image, or one of `count` frames of a video. `highest` is the value of full colour.
  * @typedef {Pick<import("./maps.mjs").View, "concepts" | "colours" | "shown"> & Maps
- *   & {picture: ImageBitmap | null}} Scene
+ *   & {count: number, highest: number, picture: ImageBitmap | null}} Scene
  *
  * How it is drawn: the concepts, by their indexes, and where their outlines run. `bare` is the picture alone.
  * @typedef {{drawn: number[], threshold: number, opacity: number, bare: boolean}} Look
@@ -35,8 +35,6 @@ const WITHOUT_PICTURE = 512;
 export class Stage {
   /** @type {Scene | null} */
   scene = null;
-  /** The highest value of the concepts that are not background. */
-  highest = 1;
   /** The patch that is looked at. @type {Patch | null} */
   patch = null;
   /** Until a press is a long one. */
@@ -79,12 +77,14 @@ export class Stage {
 
   /** @param {Scene} scene */
   show(scene) {
+    // Frames of a video may have the same maps.
+    if (scene.values !== this.scene?.values) {
+      this.#fields.clear();
+      this.#outlines.clear();
+      this.#overlay = null;
+    }
     this.scene = scene;
-    this.#fields.clear();
-    this.#outlines.clear();
-    this.#overlay = null;
-    const foreground = scene.values.subarray(0, scene.shown * scene.grid[0] * scene.grid[1]);
-    this.highest = foreground.reduce((high, v) => Math.max(high, v), 0) || 1;
+    this.canvas.ariaLabel = scene.count > 1 ? texts.video : texts.picture;
     this.notice.hidden = true;
   }
 
@@ -114,8 +114,9 @@ export class Stage {
     const { width, height } = this.#size();
     const onScreen = devicePixelRatio * Math.max(canvas.clientWidth, canvas.clientHeight);
     const shrink = Math.min(1, Math.max(LARGEST, onScreen) / Math.max(width, height));
-    canvas.width = Math.round(width * shrink);
-    canvas.height = Math.round(height * shrink);
+    const size = { width: Math.round(width * shrink), height: Math.round(height * shrink) };
+    // Also where it changes nothing, it costs.
+    if (canvas.width !== size.width || canvas.height !== size.height) Object.assign(canvas, size);
     this.frame.style.setProperty("--aspect", `${width / height}`);
     this.#paint(canvas, look, canvas.width / (canvas.clientWidth || canvas.width));
   }
@@ -173,11 +174,11 @@ export class Stage {
     const key = drawn.join();
     if (this.#overlay?.key !== key) {
       const fields = drawn.map((concept) => this.#field(concept));
-      const { colours } = /** @type {Scene} */ (this.scene);
+      const { colours, highest } = /** @type {Scene} */ (this.scene);
       const pixels =
         drawn.length === 1
-          ? heatmap(fields[0], this.highest)
-          : blend(fields, drawn.map((concept) => colours[concept]), this.highest);
+          ? heatmap(fields[0], highest)
+          : blend(fields, drawn.map((concept) => colours[concept]), highest);
       const canvas = make("canvas", { width: pixels.width, height: pixels.height });
       canvas.getContext("2d")?.putImageData(pixels, 0, 0);
       this.#overlay = { key, canvas };
@@ -242,15 +243,19 @@ export class Stage {
   }
 
   /**
-   * Arrow keys move over the patches, Enter picks what is there, and Space shows the picture alone.
+   * Arrow keys move over the patches, Enter picks what is there, and Space shows the picture alone. On a video
+   * those and Space are for the frames, and arrow keys with Shift for the patches.
    * @param {KeyboardEvent} event
    */
   #key(event) {
     if (!this.scene || event.ctrlKey || event.metaKey || event.altKey) return;
+    const isVideo = this.scene.count > 1;
+    const stride = event.shiftKey && !isVideo ? 8 : 1;
     if (event.key === "Escape") this.listener.onPoint(null, true);
-    else if (event.key === " ") this.#unveil(true);
     else if (event.key === "Enter" && this.patch) this.listener.onPick(this.patch, adds(event));
-    else if (event.key in MOVES) this.#walk(/** @type {keyof typeof MOVES} */ (event.key), event.shiftKey ? 8 : 1);
+    else if (isVideo && !(event.shiftKey && event.key in MOVES)) return;
+    else if (event.key === " ") this.#unveil(true);
+    else if (event.key in MOVES) this.#walk(/** @type {keyof typeof MOVES} */ (event.key), stride);
     else return;
     event.preventDefault();
   }

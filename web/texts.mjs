@@ -4,7 +4,12 @@
  */
 export const texts = {
   picture: "Picture with concept maps. The arrow keys move from patch to patch, Enter picks the concept there, Space shows the picture alone.",
+  video: "Frame of a video with concept maps. Space plays or stops, the left and right arrow keys go from frame to frame. Arrow keys with Shift move from patch to patch, Enter picks the concept there.",
   run: "Run the workflow to see the concept maps.",
+  frame: "Frame",
+  play: "Play",
+  pause: "Pause",
+  time: "Space plays or stops, the left and right arrow keys go from frame to frame, Home and End to the first and the last.",
   concepts: "Concepts",
   all: "All",
   chip: "Click: this one. Ctrl or Shift click: add or take away.",

@@ -1,10 +1,11 @@
-"""Concept maps as bytes for the browser, and the recorded maps behind them: those of single layers and
-evaluations, of which the browser takes means, whatever the average of the concept maps.
+"""Concept maps as bytes for the browser, and the recorded maps behind them: of images those of single layers
+and evaluations, of which the browser takes means, and of videos, which would be too many, the means. They are
+the paper's, whatever the average of the concept maps.
 
 A packet is a zlib stream of two little-endian float32, ``low`` and ``high``, and of uint8 levels
 (E, K, h, w), each frame but the first as the difference from the one before, modulo 256: maps of
-neighbouring steps are alike. A level q stands for low + q (high - low) / 255, so no value is off by more
-than (high - low) / 510: at most 0.002 for maps that a softmax has made.
+neighbouring steps, or frames of a video, are alike. A level q stands for low + q (high - low) / 255, so no
+value is off by more than (high - low) / 510: at most 0.002 for maps that a softmax has made.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..reading.maps import ConceptMaps, competing, mean_where_seen
+from ..observing.recording import gathered
+from ..reading.maps import ConceptMaps, competing, heatmaps, mean_where_seen
 
 LEVELS = 255
 
@@ -60,15 +63,34 @@ def layer(maps: ConceptMaps, image: int, layer: int) -> Tensor:
     return _maps(maps, torch.stack([scores[0, image] for scores in evaluations])).nan_to_num(0)
 
 
+def video_mean(maps: ConceptMaps, video: int, layers: Sequence[int], steps: Sequence[int]) -> Tensor:
+    """For every latent frame of one video, the mean over layers and steps: (F, K, h, w).
+
+    Raises:
+        ValueError: a layer, or none of the steps, was recorded.
+    """
+    mean = heatmaps(
+        gathered([(maps.recording, video)]),
+        space=maps.space,
+        layers=layers,
+        steps=steps,
+        softmax=maps.softmax,
+        temperature=maps.temperature,
+    )
+    return mean.nan_to_num(0)
+
+
 def _maps(maps: ConceptMaps, scores: Tensor) -> Tensor:
     if maps.softmax:
         return competing(scores, maps.space, maps.temperature, 1)
     return scores / maps.temperature
 
 
-def picture(image: Tensor) -> bytes:
-    """An image (H, W, 3 or more) in 0..1 as a JPEG for looking at, without chroma subsampling."""
+def picture(image: Tensor, *, of_video: bool = False) -> bytes:
+    """An image (H, W, 3 or more) in 0..1 as a JPEG for looking at; a frame of a video, of which there are
+    many, as half as many bytes."""
     pixels = (image[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy()
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=95, subsampling=0)
+    quality = {"quality": 85} if of_video else {"quality": 95, "subsampling": 0}
+    Image.fromarray(pixels).save(file, "JPEG", **quality)
     return file.getvalue()

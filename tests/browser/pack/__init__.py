@@ -59,6 +59,39 @@ class MadeUpMaps(io.ComfyNode):
         return io.NodeOutput(maps, image)
 
 
+class MadeUpVideo(io.ComfyNode):
+    """Maps of videos, and their frames, which become redder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TestMadeUpVideo",
+            inputs=[
+                io.Int.Input("batch", default=1),
+                io.String.Input("durations", default="1, 4, 4"),
+                io.Int.Input("rows", default=30),
+                io.Int.Input("columns", default=52),
+                io.Boolean.Input("softmax", default=True),
+            ],
+            outputs=[io.Custom("CONCEPT_MAPS").Output(), io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, batch: int, durations: str, rows: int, columns: int, softmax: bool) -> io.NodeOutput:
+        numbers = tuple(int(number) for number in durations.split(","))
+        recording = made_up.video(
+            core("observing.recording").Recording, core("concepts").Concepts, batch, numbers, rows, columns
+        )
+        axes = (torch.linspace(0, 1, n) for n in recording.image_size)
+        y, x = torch.meshgrid(*axes, indexing="ij")
+        waves = 0.5 + 0.2 * torch.sin(24 * (x + y))
+        frames = [
+            torch.stack([torch.full_like(x, t), y, waves], -1) for t in torch.linspace(0, 1, sum(numbers))
+        ]
+        maps = core("reading.maps").concept_maps(recording, softmax=softmax)
+        return io.NodeOutput(maps, torch.stack(frames * batch))
+
+
 class MadeUpRun(io.ComfyNode):
     """A run that is listened to, five evaluations a second."""
 
@@ -106,7 +139,7 @@ class MadeUpRun(io.ComfyNode):
 
 class TestPack(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [MadeUpMaps, MadeUpRun]
+        return [MadeUpMaps, MadeUpVideo, MadeUpRun]
 
 
 async def comfy_entrypoint() -> TestPack:

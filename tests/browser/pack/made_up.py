@@ -29,6 +29,32 @@ def scores(batch: int, rows: int, columns: int, steps: int = STEPS, layers: int 
     ]
 
 
+def video(
+    recording_class: type,
+    concepts_class: type,
+    batch: int,
+    durations: tuple[int, ...],
+    rows: int,
+    columns: int,
+):
+    """As ``recording``, of videos in which the blobs move to the right; of few layers and steps."""
+    moving = [
+        torch.stack([first.roll(2 * frame, -1) for frame in range(len(durations))], 2).flatten(1, 2)
+        for first in scores(batch, rows, columns, steps=3, layers=4)
+    ]
+    return recording_class(
+        concepts=concepts_class(CONCEPTS[:-1], CONCEPTS[-1:]),
+        layers=(0, 1, 2, 3),
+        default_layers=(2, 3),
+        sigmas=(1.0, 0.75, 0.5),
+        steps=(0, 1, 2),
+        scores={"output": tuple(moving)},
+        image_size=(rows * 16, columns * 16),
+        coverage=(1.0, 1.0),
+        durations=durations,
+    )
+
+
 def recording(recording_class: type, concepts_class: type, batch: int, rows: int, columns: int):
     """The plugin's Recording of them, made with its classes: ComfyUI loads them under another name than
     the tests do."""
