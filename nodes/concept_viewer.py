@@ -26,13 +26,18 @@ class ConceptViewer(io.ComfyNode):
             display_name="Concept Viewer",
             category=CATEGORY,
             description=(
-                "Shows concept maps on the picture: point at it to see which concepts live there, pick "
-                "concepts and a threshold, and look through layers and steps. Nothing is sampled again."
+                "Shows concept maps on the picture or video: point at it to see which concepts live there, "
+                "pick concepts and a threshold, and look through frames, layers and steps. Nothing is "
+                "sampled again."
             ),
             search_aliases=["interactive", "explore", *HEATMAPS, *EXPLANATION],
             inputs=[
                 ConceptMapsType.Input("maps"),
-                io.Image.Input("image", optional=True, tooltip="The picture that the maps belong to."),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The picture that the maps belong to, or the frames of the video.",
+                ),
                 io.Float.Input(
                     "threshold",
                     default=0.5,
