@@ -23,6 +23,7 @@ FRAMES = sum(DURATIONS)
 # As in test_viewer.py, with both neighbours' levels in between latent frames.
 TOLERANCE = 1 / 510 + 0.0005
 AT_ONCE = 5
+LABEL = "document.querySelector('.concept-viewer .time output').textContent"
 VIEWER = "app.graph.nodes.find((n) => n.comfyClass === 'ConceptViewer')"
 
 spec = importlib.util.spec_from_file_location("made_up", HERE / "pack" / "made_up.py")
@@ -112,10 +113,15 @@ class Page:
         assert self.label() == text
 
     def is_playing(self) -> bool:
-        self.page.wait_for_timeout(300)  # for a frame that is on its way
+        """As the button says, after a look at whether frames do follow each other or not."""
+        if self.button("Pause").is_visible():
+            self.page.wait_for_function(f"(before) => {LABEL} !== before", arg=self.label())
+            return True
+        self.wait_for(int(self.slider.input_value()))  # the one that was on its way
         before = self.label()
-        self.page.wait_for_timeout(500)
-        return self.label() != before
+        self.page.wait_for_timeout(400)
+        assert self.label() == before
+        return False
 
     def place(self, row: int, column: int) -> tuple[float, float]:
         box = self.canvas.bounding_box()
@@ -237,9 +243,7 @@ def test_it_plays_when_it_is_asked_to_and_begins_again_after_the_last_frame(vide
     video.canvas.press("End")
     video.wait_for(FRAMES - 1)
     video.button("Play").click()
-    video.page.wait_for_function(
-        "() => parseInt(document.querySelector('.concept-viewer .time output').textContent) < 70"
-    )
+    video.page.wait_for_function(f"() => parseInt({LABEL}) < 70")
     assert video.is_playing()
     video.button("Pause").click()
     assert not video.is_playing()
@@ -396,13 +400,9 @@ def test_pictures_are_fetched_when_they_are_about_to_be_shown_and_once(video):
     assert len(video.pictures()) == AT_ONCE + 1
     video.canvas.focus()
     video.page.keyboard.press("Space")
-    for part in ("first", "second"):
-        del part
-        video.page.wait_for_function(
-            f"() => document.querySelector('.time output').textContent.startsWith('{FRAMES - 10} ')",
-            polling=5,
-        )
-        video.page.wait_for_timeout(1500)
+    for _ in range(2):
+        video.page.wait_for_function(f"() => parseInt({LABEL}) > {FRAMES - 10}")
+        video.page.wait_for_function(f"() => parseInt({LABEL}) < {FRAMES - 10}")
     video.page.keyboard.press("Space")
     urls = [request.url for request in video.pictures()]
     assert len(urls) == len(set(urls)) <= FRAMES
