@@ -85,7 +85,7 @@ class ConceptViewer(io.ComfyNode):
         view = {
             **_description(maps),
             "durations": durations,
-            "between_frames": "hold",
+            "between_frames": maps.between_frames,
             "key": publish(maps),
             "workflow": workflow_id(cls.hidden.extra_pnginfo) if cls.hidden else None,
             "images": [

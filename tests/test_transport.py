@@ -187,6 +187,13 @@ def test_all_frames_of_all_videos_may_share_one_picture(send):
     assert len(first) == 1
 
 
+def test_there_may_be_a_picture_for_each_latent_frame(send):
+    view = send(videos(2), 6, 64, 96)
+    assert view["durations"] == (1, 1, 1)
+    first, second = picture_files(view["images"])
+    assert len({*first, *second}) == 6
+
+
 def test_layers_are_frames_of_a_video_too(send):
     layered = concept_maps(replace(small_recording(batch=3), durations=(1, 1, 1)))
     view = send(layered, 3, 64, 96)

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ HERE = Path(__file__).parent
 ROWS, COLUMNS, BATCH = 30, 52, 2
 DURATIONS = (1, *[4] * 20)
 FRAMES = sum(DURATIONS)
-# As in test_viewer.py, with both neighbours' levels in between latent frames.
+# As in test_viewer.py: in between latent frames the error is no larger.
 TOLERANCE = 1 / 510 + 0.0005
 AT_ONCE = 5
 LABEL = "document.querySelector('.concept-viewer .time output').textContent"
@@ -59,7 +60,8 @@ class Page:
     def load(self, *, pictures: bool = True, **inputs: object) -> None:
         """A video, or another made with these ``inputs``, and the result of a run."""
         durations = ", ".join(map(str, DURATIONS))
-        given = {"batch": BATCH, "durations": durations, "rows": ROWS, "columns": COLUMNS, "softmax": True}
+        size = {"batch": BATCH, "durations": durations, "rows": ROWS, "columns": COLUMNS}
+        given = {**size, "softmax": True, "between_frames": "linear"}
         image = {"image": ["1", 1]} if pictures else {}
         graph = {
             "1": {"class_type": "TestMadeUpVideo", "inputs": {**given, **inputs}},
@@ -198,7 +200,7 @@ def video(page) -> Iterator[Page]:
 def close_to(
     shown: dict[str, float], maps: ConceptMaps, video: int, frame: int, row: int, column: int
 ) -> bool:
-    values = maps.values[maps.of_frames[video * FRAMES + frame], :, row, column].tolist()
+    values = maps.shown()[video, frame, :, row, column].tolist()
     return shown == pytest.approx(dict(zip(made_up.CONCEPTS, values, strict=True)), abs=TOLERANCE)
 
 
@@ -214,6 +216,15 @@ def test_values_under_the_pointer_are_those_of_the_frame_that_is_shown(video, ma
         # What is under a pointer that rests changes with the frame.
         assert close_to(video.card(), maps, 0, frame, 12, 30)
         assert video.card() != first
+
+
+def test_frames_show_the_map_of_their_latent_frame_if_that_is_held(video, maps):
+    video.load(between_frames="hold")
+    video.slider.press("ArrowRight")
+    video.wait_for(1)
+    held = replace(maps, between_frames="hold")
+    assert close_to(video.point(12, 30), held, 0, 1, 12, 30)
+    assert not close_to(video.card(), maps, 0, 1, 12, 30)
 
 
 def test_the_picture_is_that_of_the_frame(video):

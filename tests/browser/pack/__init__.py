@@ -72,12 +72,15 @@ class MadeUpVideo(io.ComfyNode):
                 io.Int.Input("rows", default=30),
                 io.Int.Input("columns", default=52),
                 io.Boolean.Input("softmax", default=True),
+                io.String.Input("between_frames", default="linear"),
             ],
             outputs=[io.Custom("CONCEPT_MAPS").Output(), io.Image.Output()],
         )
 
     @classmethod
-    def execute(cls, batch: int, durations: str, rows: int, columns: int, softmax: bool) -> io.NodeOutput:
+    def execute(
+        cls, batch: int, durations: str, rows: int, columns: int, softmax: bool, between_frames: str
+    ) -> io.NodeOutput:
         numbers = tuple(int(number) for number in durations.split(","))
         recording = made_up.video(
             core("observing.recording").Recording, core("concepts").Concepts, batch, numbers, rows, columns
@@ -88,7 +91,7 @@ class MadeUpVideo(io.ComfyNode):
         frames = [
             torch.stack([torch.full_like(x, t), y, waves], -1) for t in torch.linspace(0, 1, sum(numbers))
         ]
-        maps = core("reading.maps").concept_maps(recording, softmax=softmax)
+        maps = core("reading.maps").concept_maps(recording, softmax=softmax, between_frames=between_frames)
         return io.NodeOutput(maps, torch.stack(frames * batch))
 
 
