@@ -5,7 +5,13 @@ from comfy_api.latest import io
 from ..core.observing.observe import observe
 from .browser import live_maps
 from .limits import within_limits
-from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
+from .recorded import (
+    background_input,
+    probability_input,
+    space_inputs,
+    token_pooling_input,
+    what_to_record,
+)
 from .search import DETECTION, EXPLANATION, HEATMAPS, MASKS, REGIONS, SEGMENTATION
 from .types import CATEGORY
 
@@ -42,7 +48,7 @@ class ConceptAttention(io.ComfyNode):
                     "record_layers",
                     default="all",
                     advanced=True,
-                    tooltip='Blocks of the model to record: "all", "default", or numbers as in "0, 15-18".',
+                    tooltip='Layers of the model to record: "all", "default", or numbers as in "0, 15-18".',
                 ),
                 *space_inputs(),
                 io.Int.Input(
@@ -56,6 +62,19 @@ class ConceptAttention(io.ComfyNode):
                         "Record every so many evaluations of the model: 1 is every step, 2 every other step. "
                         "Each one that is recorded takes a little longer, and much longer when the model "
                         "does not fit on the GPU or is compiled."
+                    ),
+                ),
+                probability_input(),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "The sampler's prompt, for the space of probabilities: a concept that is a word of it "
+                        "is read as that word. May stay empty: then each concept is one more word."
                     ),
                 ),
             ],
@@ -75,6 +94,8 @@ class ConceptAttention(io.ComfyNode):
         record_cross_attention: bool,
         record_value: bool,
         record_every: int = 1,
+        record_probability: bool = False,
+        prompt: str = "",
     ) -> io.NodeOutput:
         what = what_to_record(
             model,
@@ -86,5 +107,7 @@ class ConceptAttention(io.ComfyNode):
             record_cross_attention,
             record_value,
             record_every,
+            record_probability,
+            prompt,
         )
         return io.NodeOutput(observe(model, what, listener=live_maps()))

@@ -15,7 +15,13 @@ from ..core.observing.image import (
 from ..core.observing.latents import remember
 from ..core.observing.recording import AVERAGES
 from .limits import within_limits
-from .recorded import background_input, space_inputs, token_pooling_input, what_to_record
+from .recorded import (
+    background_input,
+    probability_input,
+    space_inputs,
+    token_pooling_input,
+    what_to_record,
+)
 from .search import DETECTION, EXPLANATION, HEATMAPS, MASKS, SEGMENTATION
 from .types import CATEGORY
 
@@ -122,7 +128,7 @@ class ConceptAttentionImage(io.ComfyNode):
                     default="default",
                     advanced=True,
                     tooltip=(
-                        'Blocks of the model to record: "default" (which ones depends on the model), "all", '
+                        'Layers of the model to record: "default" (which ones depends on the model), "all", '
                         'or numbers as in "0, 15-18". The model stops after the last of them.'
                     ),
                 ),
@@ -151,6 +157,7 @@ class ConceptAttentionImage(io.ComfyNode):
                     advanced=True,
                     tooltip="Give the model the prompt's CLIP vector too. The reference leaves it out.",
                 ),
+                probability_input(),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The encoded picture, with its recording, for Concept Saliency.")
@@ -178,6 +185,7 @@ class ConceptAttentionImage(io.ComfyNode):
         average: str,
         guidance: float,
         pooled_prompt: bool,
+        record_probability: bool = False,
     ) -> io.NodeOutput:
         what = what_to_record(
             model,
@@ -188,6 +196,8 @@ class ConceptAttentionImage(io.ComfyNode):
             record_layers,
             record_cross_attention,
             record_value,
+            record_probability=record_probability,
+            prompt=prompt,
         )
         if noise["noise"] == "step":
             levels = step_levels(model, noise["steps"], noise["of"])

@@ -12,6 +12,8 @@ from .limits import within_limits
 from .search import EXPLANATION, HEATMAPS
 from .types import CATEGORY, ConceptMapsType
 
+DEFAULT_SPACE = "default"
+
 
 class ConceptSaliency(io.ComfyNode):
     @classmethod
@@ -37,11 +39,12 @@ class ConceptSaliency(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "space",
-                    options=["output", "cross-attention", "value", "query-key"],
+                    options=[DEFAULT_SPACE, "output", "cross-attention", "value", "query-key", "probability"],
                     advanced=True,
                     tooltip=(
-                        "Where concepts and patches are compared. Output is the paper's and the sharpest; "
-                        "switch the others on in Concept Attention."
+                        'Where concepts and patches are compared. "default" is output, the paper\'s and the '
+                        "sharpest, or probability in models whose picture only reads the text (Stable "
+                        "Diffusion 1, 2 and XL, Wan). Switch the others on in Concept Attention."
                     ),
                 ),
                 io.String.Input(
@@ -149,7 +152,7 @@ class ConceptSaliency(io.ComfyNode):
         chosen = parse_layers(layers, recording.layers, recording.default_layers, recording.left_out)
         maps = concept_maps(
             recording,
-            space=space,
+            space=None if space == DEFAULT_SPACE else space,
             layers=chosen,
             steps=range(start_step, end_step),
             softmax=softmax,

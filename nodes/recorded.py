@@ -57,6 +57,20 @@ def space_inputs() -> list[io.Boolean.Input]:
     ]
 
 
+def probability_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "record_probability",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip=(
+            "Also record the space of probabilities: how much of its attention a patch gives to a word. Takes "
+            "as long as the model's own attention. Models in which the picture only reads the text (Stable "
+            "Diffusion 1, 2 and XL, Wan) record it always."
+        ),
+    )
+
+
 # Each reader has one of them: see ``Reading.SPACES``.
 QUERY_SPACES = ("cross-attention", "query-key")
 
@@ -71,8 +85,13 @@ def what_to_record(
     record_cross_attention: bool,
     record_value: bool,
     record_every: int = 1,
+    record_probability: bool = False,
+    prompt: str = "",
 ) -> WhatToRecord:
     """
+    Args:
+        prompt: the sampler's, in whose words concepts are looked for where probabilities are recorded.
+
     Raises:
         ValueError: the model is of no supported family, the CLIP is not the model's, or a text cannot be
             read.
@@ -88,8 +107,20 @@ def what_to_record(
         default=family.default_layers(diffusion_model),
         main=family.main_layers(diffusion_model),
     )
-    wanted = {"output": True, **dict.fromkeys(QUERY_SPACES, record_cross_attention), "value": record_value}
+    wanted = {
+        "output": True,
+        **dict.fromkeys(QUERY_SPACES, record_cross_attention),
+        "value": record_value,
+        "probability": record_probability,
+    }
     known = reading_of(family).SPACES
-    spaces = [space for space, on in wanted.items() if on and space in known]
-    tokens = encode_concepts(clip, parsed.all, token_pooling, family, family.token_width(diffusion_model))
+    spaces = [space for space, on in wanted.items() if on and space in known] or known[:1]
+    tokens = encode_concepts(
+        clip,
+        parsed.all,
+        token_pooling,
+        family,
+        family.token_width(diffusion_model),
+        prompt if "probability" in spaces else "",
+    )
     return WhatToRecord(parsed, tokens, layers, spaces, every=record_every)
