@@ -73,8 +73,8 @@ class ConceptAttention(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "The sampler's prompt, for the space of probabilities: a concept that is a word of it "
-                        "is read as that word. May stay empty: then each concept is one more word."
+                        "The sampler's prompt, for the space of probabilities: a concept that is a word of "
+                        "it is read as that word. May stay empty: then each concept is one more word."
                     ),
                 ),
             ],

@@ -64,9 +64,9 @@ def probability_input() -> io.Boolean.Input:
         optional=True,
         advanced=True,
         tooltip=(
-            "Also record the space of probabilities: how much of its attention a patch gives to a word. Takes "
-            "as long as the model's own attention. Models in which the picture only reads the text (Stable "
-            "Diffusion 1, 2 and XL, Wan) record it always."
+            "Also record the space of probabilities: how much of its attention a patch gives to a word. "
+            "Takes as long as the model's own attention. Models in which the picture only reads the text "
+            "(Stable Diffusion 1, 2 and XL, Wan) record it always."
         ),
     )
 

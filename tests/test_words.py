@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_families import Beside, same
+from tiny_encoders import CLIP, ENCODERS, clip_of
 from tiny_models import WORDS, Row, concepts_of, sample, tiny
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.readers import words as words_module
 from concept_attention.core.observing.readers.words import WordReading, probabilities
 from concept_attention.core.reading.maps import concept_maps
+from concept_attention.nodes.concept_attention import ConceptAttention
+from concept_attention.nodes.concept_saliency import ConceptSaliency
 
 
 @pytest.fixture(params=WORDS)
@@ -179,3 +182,51 @@ def test_probabilities_are_those_of_a_softmax_in_float64():
             one = torch.einsum("bhnd,bhd->bhn", q.double(), own[:, :, i].double()) * 8**-0.5
             expected = torch.cat([logits, one[..., None]], -1).softmax(-1)[..., -1]
             assert relative(ours[..., 2 + i], expected) <= 1e-6
+
+
+@pytest.fixture(scope="module")
+def nodes_latents() -> dict[str, dict]:
+    """What Stable Diffusion 2 sampled of "a dog under a tree" through Concept Attention, with and without
+    that prompt in the node."""
+    row, prompt = WORDS["sd2"], "a dog under a tree"
+    encoder = ENCODERS["sd2"]
+    clip = clip_of(replace(encoder, options={"clip_h_model_config": {**CLIP, "hidden_size": row.width}}))
+    widgets = {
+        "background": "sky",
+        "token_pooling": "automatic",
+        "record_layers": "all",
+        "record_cross_attention": True,
+        "record_value": True,
+    }
+    latents = {}
+    with torch.inference_mode():
+        positive = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+        for given in (prompt, ""):
+            (observed,) = ConceptAttention.execute(
+                tiny("sd2"), clip, "dog, tree", **widgets, prompt=given
+            ).result
+            latents[given] = {"samples": sample(observed, row, positive=positive)}
+    return latents
+
+
+def saliency(latent: dict, space: str):
+    widgets = {"layers": "default", "start_step": 0, "end_step": 10000, "softmax": True, "temperature": 1.0}
+    return ConceptSaliency.execute(latent, space, **widgets).result[0]
+
+
+def test_the_nodes_record_words_and_read_them_by_default(nodes_latents):
+    for latent in nodes_latents.values():
+        maps = saliency(latent, "default")
+        assert maps.space == "probability"
+        assert list(maps.recording.scores) == ["probability"]
+        assert torch.equal(maps.values, saliency(latent, "probability").values)
+        with pytest.raises(ValueError, match='The space "output" was not recorded, only: probability'):
+            saliency(latent, "output")
+
+
+def test_a_concept_that_is_a_word_of_the_nodes_prompt_is_read_as_that_word(nodes_latents):
+    given, without = (recording_of(latent).scores["probability"][0] for latent in nodes_latents.values())
+    dog, tree, sky = (relative(given[:, :, k], without[:, :, k]) for k in range(3))
+    assert sky <= 1e-5, "which the prompt does not have"
+    assert dog > 1e-2
+    assert tree > 1e-2

@@ -40,7 +40,8 @@ class EncoderRow:
 
     Attributes:
         family: whose it is.
-        tokenizer, model: classes below ``comfy.text_encoders``, the second perhaps what returns one.
+        tokenizer, model: classes below ``comfy.text_encoders``, or with a dot in front below ``comfy``; the
+            second perhaps what returns one.
         rows: where in what it gives the tokens of "dragon" lie, and those of "hot air balloon".
         options: what shrinks it.
         length: how many tokens it gives for "dragon".
@@ -151,6 +152,69 @@ ENCODERS = {
         _CLIPS,
         4096,
         arguments={"t5": False},
+    ),
+    "sd1": EncoderRow(
+        "Stable Diffusion 1, 2, XL",
+        ".sd1_clip.SD1Tokenizer",
+        ".sd1_clip.SD1ClipModel",
+        ((1, 2), (1, 4)),
+        77,
+        {"clip_l_model_config": CLIP},
+        arguments=None,
+    ),
+    "sd2": EncoderRow(
+        "Stable Diffusion 1, 2, XL",
+        "sd2_clip.SD2Tokenizer",
+        "sd2_clip.SD2ClipModel",
+        ((1, 2), (1, 4)),
+        77,
+        {"clip_h_model_config": CLIP},
+        arguments=None,
+    ),
+    "sdxl": EncoderRow(
+        "Stable Diffusion 1, 2, XL",
+        ".sdxl_clip.SDXLTokenizer",
+        ".sdxl_clip.SDXLClipModel",
+        ((1, 2), (1, 4)),
+        77,
+        _CLIPS,
+        2 * WIDTH,
+        arguments=None,
+    ),
+    "sdxl-refiner": EncoderRow(
+        "Stable Diffusion 1, 2, XL",
+        ".sdxl_clip.SDXLTokenizer",
+        ".sdxl_clip.SDXLRefinerClipModel",
+        ((1, 2), (1, 4)),
+        77,
+        {"clip_g_model_config": CLIP},
+        arguments=None,
+    ),
+    "wan": EncoderRow(
+        "Wan 2.1, 2.2",
+        "wan.WanT5Tokenizer",
+        "wan.te",
+        ((0, 3), (0, 8)),
+        512,
+        {"umt5xxl_model_config": T5},
+        data=_sentences,
+    ),
+    "ltxv": EncoderRow("LTX-Video", "lt.LTXVT5Tokenizer", "lt.ltxv_te", ((0, 1), (0, 3)), 128, _T5),
+    "cosmos": EncoderRow(
+        "Cosmos-Predict2",
+        "cosmos.CosmosT5Tokenizer",
+        "cosmos.te",
+        ((0, 1), (0, 3)),
+        512,
+        _T5,
+    ),
+    "kandinsky5": EncoderRow(
+        "Kandinsky 5",
+        "kandinsky5.Kandinsky5Tokenizer",
+        "kandinsky5.te",
+        ((0, 1), (0, 3)),
+        2,
+        {"qwen25_7b_model_config": llm(), "clip_l_model_config": CLIP},
     ),
     "flux2-dev": EncoderRow(
         "Flux.2",
@@ -309,7 +373,7 @@ ENCODERS = {
 
 def _found(path: str):
     module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(f"comfy.text_encoders.{module}"), name)
+    return getattr(importlib.import_module(f".{module}", "comfy.text_encoders"), name)
 
 
 @cache
