@@ -171,9 +171,9 @@ def joint_account(
         with _counting() as counts, contextlib.ExitStack() as stack:
             options = call.options
             if concepts:
-                rows, picture = [slice(0, batch)], family.grid(model, x).size
+                rows, grid = [slice(0, batch)], family.grid(model, x)
                 reading = BlockReading(
-                    family, model, call, look, rows, picture, Guard(lambda error: False), False
+                    family, model, call, look, rows, grid, Guard(lambda error: False), False
                 )
                 options = stack.enter_context(reading.watching())
             args, kwargs = call.with_options(options)
