@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from test_families import Beside, same
+from test_families import Beside, frame_length, same
 from tiny_encoders import CLIP, ENCODERS, clip_of
 from tiny_models import WORDS, Row, concepts_of, sample, tiny
 from torch import Tensor
@@ -60,15 +61,12 @@ def prompt_as_concepts(row: Row) -> ConceptTokens:
 
 
 class Reading(WordReading):
-    """Keeps, of each layer, the queries and keys of the model's own attention, and the words' keys."""
+    """Keeps, of each layer, queries, keys and the words' keys."""
 
-    def _read(self, seen, keys):
-        module = seen.module
-        self.layers.append(
-            (seen.number, seen.queries, keys, self._family.key(module, self._text, seen.arguments))
-        )
+    def _read(self, seen, q, k, own):
+        self.layers.append((seen.number, q, k, own))
         self.masks.append(self._family.mask(seen.arguments))
-        return super()._read(seen, keys)
+        return super()._read(seen, q, k, own)
 
 
 @pytest.fixture
@@ -112,16 +110,44 @@ def test_the_picture_stays_the_same_to_the_last_bit(model, row, cfg, batch):
     )
     shape = (len(every_layer(model)), batch * grid.frames, 3, grid.rows, grid.columns)
     assert [s.shape for s in recording.scores["probability"]] == [shape] * 2
+    frames = row.latent[1] if len(row.latent) == 4 else 1
+    assert sum(recording.durations) == 1 + (frames - 1) * frame_length(model)
     assert all(s.min() >= 0 and s.max() <= 2 for s in recording.scores["probability"])
     assert torch.allclose(concept_maps(recording).values.sum(1), torch.ones(()), atol=1e-5)
 
 
+@pytest.fixture
+def attended(monkeypatch) -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys (B, H, L, d) that ComfyUI's attention is given, wherever it is called."""
+    calls = []
+
+    def spy(attention):
+        def call(q, k, v, heads, *args, skip_reshape=False, **kwargs):
+            split = (t if skip_reshape else t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
+            calls.append(tuple(t.clone() for t in split))
+            return attention(q, k, v, heads, *args, skip_reshape=skip_reshape, **kwargs)
+
+        return call
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("comfy.ldm.")]:
+        for name in ("optimized_attention", "optimized_attention_masked"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, spy(getattr(module, name)))
+    return calls
+
+
+def test_queries_and_keys_are_those_that_the_models_own_attention_is_given(model, row, read, attended):
+    for call in read(model, row, batch=row.batch, cfg=1.0, steps=1):
+        for number, *ours, _ in call.layers:
+            assert any(all(map(same, ours, given)) for given in attended), number
+
+
 def test_keys_of_the_prompts_words_are_the_models_own(model, row, read):
-    for call in read(model, row, prompt_as_concepts(row), batch=row.batch, cfg=1.0, steps=1):
+    for call in read(model, row, prompt_as_concepts(row), batch=row.batch, cfg=1.0):
         assert [number for number, *_ in call.layers] == list(every_layer(model))
         for _, _, keys, own in call.layers:
-            count = own.shape[1]
-            assert relative(own.expand_as(keys[:, :count]), keys[:, :count]) <= 1e-6
+            keys = keys[:, :, : own.shape[2]]
+            assert relative(own.expand_as(keys), keys) <= 1e-6
 
 
 def test_words_of_the_prompt_have_the_models_own_probabilities(model, row, read, monkeypatch):
@@ -132,9 +158,8 @@ def test_words_of_the_prompt_have_the_models_own_probabilities(model, row, read,
     for (_, queries, keys, _), mask, ours in zip(call.layers, call.masks, seen, strict=True):
         if mask is not None:
             continue  # the prompt as it is given with the concepts has no padding
-        heads = ours.shape[1]
-        q, k = (t.reshape(*t.shape[:2], heads, -1).double() for t in (queries, keys))
-        expected = torch.einsum("bnhd,bthd->bhnt", q, k).mul(q.shape[-1] ** -0.5).softmax(-1)
+        q, k = queries.double(), keys.double()
+        expected = torch.einsum("bhnd,bhtd->bhnt", q, k).mul(q.shape[-1] ** -0.5).softmax(-1)
         picture = slice(expected.shape[2] - ours.shape[2], None)
         assert relative(ours, expected[:, :, picture, : ours.shape[-1]]) <= 1e-5
 

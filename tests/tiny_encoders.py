@@ -208,6 +208,7 @@ ENCODERS = {
         512,
         _T5,
     ),
+    "cosmos1": EncoderRow("Cosmos 1", "cosmos.CosmosT5Tokenizer", "cosmos.te", ((0, 1), (0, 3)), 512, _T5),
     "kandinsky5": EncoderRow(
         "Kandinsky 5",
         "kandinsky5.Kandinsky5Tokenizer",

@@ -750,6 +750,15 @@ _COSMOS = {
     "use_adaln_lora": True,
     "adaln_lora_dim": 16,
 }
+_COSMOS_1 = {
+    **_COSMOS,
+    "image_model": "cosmos",
+    "block_config": "FA-CA-MLP",
+    "block_x_format": "THWBD",
+    "affline_emb_norm": True,
+    "extra_per_block_abs_pos_emb": True,
+    "extra_per_block_abs_pos_emb_type": "learnable",
+}
 _KANDINSKY = {
     "image_model": "kandinsky5",
     "in_visual_dim": 16,
@@ -852,6 +861,8 @@ WORDS = {
         sound=(8, 6, 16),
         values={"unprocessed_ltxav_embeds": True},
     ),
+    "cosmos1": Row("Cosmos 1", "CosmosT2V", _COSMOS_1, 64, (16, 3, 6, 8)),
+    "cosmos1_i2v": Row("Cosmos 1", "CosmosI2V", {**_COSMOS_1, "in_channels": 17}, 64, (16, 3, 6, 8)),
     "cosmos_predict2": Row("Cosmos-Predict2", "CosmosT2IPredict2", _COSMOS, 64, (16, 3, 5, 8)),
     "kandinsky5": Row(
         "Kandinsky 5", "Kandinsky5", _KANDINSKY, 64, (16, 3, 6, 8), values={"pooled_output": _random(32)}

@@ -1,4 +1,4 @@
-"""Cosmos-Predict2 and Anima: pictures and video. Text by cross-attention."""
+"""Cosmos 1, Cosmos-Predict2 and Anima: pictures and video. Text by cross-attention."""
 
 from __future__ import annotations
 
@@ -40,4 +40,29 @@ class CosmosPredict2(WordsFamily):
         return module.k_norm.forward(keys)
 
 
-FAMILIES = (CosmosPredict2(),)
+class Cosmos1(CosmosPredict2):
+    name = "Cosmos 1"
+    model = "cosmos.model.GeneralDIT"
+    frame_length = 8
+    queries = "to_q.1"
+    keys = ("to_k.0", "to_k.1")
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        parts = (part for block in model.blocks.values() for part in block.blocks)
+        return [part.block.attn for part in parts if part.block_type in ("cross_attn", "ca")]
+
+    def heads(self, module: nn.Module) -> int:
+        return module.heads
+
+    def token_width(self, model: nn.Module) -> int:
+        return self.layers(model)[0].to_k[0].in_features
+
+    def by_heads(self, module: nn.Module, made: Tensor, rows: int) -> Tensor:
+        return made
+
+    def key(self, module: nn.Module, words: Tensor, arguments: dict[str, Any]) -> Tensor:
+        project, norm = module.to_k
+        return norm.forward(rearrange(project.forward(words), "b l (h d) -> b h l d", h=module.heads))
+
+
+FAMILIES = (CosmosPredict2(), Cosmos1())

@@ -194,15 +194,22 @@ class WordsFamily(Family):
 
     reader = "words"
     queries: ClassVar[str]
-    """Within such a module, the one whose output the queries are: (B, N, H * d) or (B, N, H, d)."""
+    """Within such a module, the one whose output the queries are."""
     keys: ClassVar[tuple[str, ...]]
     """Those that make keys of a text, in their order; the last one's output is the keys."""
 
     def heads(self, module: nn.Module) -> int:
         return module.heads
 
+    def by_heads(self, module: nn.Module, made: Tensor, rows: int) -> Tensor:
+        """Queries or keys (B, H, L, d) of B ``rows``, of what the module that makes them gives: as most do,
+        (B, L, H * d) or (B, L, H, d)."""
+        made = made if made.ndim == 4 else made.unflatten(-1, (self.heads(module), -1))
+        return made.transpose(1, 2)
+
     def key(self, module: nn.Module, words: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """The keys of words (1, W, D) as the module makes them when it is called with ``arguments``."""
+        """What the last module of ``keys`` gives for words (1, W, D) when the layer is called with
+        ``arguments``."""
         for name in self.keys:
             words = module.get_submodule(name).forward(words)
         return words

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -91,31 +92,36 @@ class WordReading:
             if self._guard.broken or seen.queries is None:
                 return
             with self._guard:
-                self._scores[seen.number] = self._read(seen, keys)
+                text = self._text.to(keys)
+                own = self._family.key(seen.module, text, seen.arguments)
+                rows = len(seen.queries)
+                by_heads = partial(self._family.by_heads, seen.module)
+                self._scores[seen.number] = self._read(
+                    seen, by_heads(seen.queries, rows), by_heads(keys, rows), by_heads(own, len(own))
+                )
             seen.queries = None
             if self._stop and self.gap is None:
                 raise Complete
 
         return answered
 
-    def _read(self, seen: _Layer, keys: Tensor) -> list[Tensor]:
-        """For each part of the rows (B, K, N)."""
-        family, heads = self._family, self._family.heads(seen.module)
-        count = seen.queries.shape[1]
+    def _read(self, seen: _Layer, q: Tensor, k: Tensor, own: Tensor) -> list[Tensor]:
+        """For each part of the rows (B, K, N), of the layer's queries (B, H, N, d), keys (B, H, T, d) and
+        those of ``Words.text`` (1 or B, H, T + K', d)."""
+        family, count = self._family, q.shape[2]
         picture, grid = family.place(self._model, self._call, self._grid, count)
         if picture.stop > count:
             raise RuntimeError(
                 f"the attention of layer {seen.number} has {count} queries, which a picture of {grid.size} "
                 "tokens does not fit into"
             )
-        own = family.key(seen.module, self._text.to(keys), seen.arguments)
         found = []
         for part in self._rows:
             mask = family.mask(seen.arguments)
             probabilities = self._words.probabilities(
-                _heads_first(seen.queries[part, picture], heads),
-                _heads_first(keys[part], heads),
-                _heads_first(own if len(own) == 1 else own[part], heads),
+                q[part, :, picture],
+                k[part],
+                own if len(own) == 1 else own[part],
                 mask if mask is None or len(mask) == 1 else mask[part],
             )
             found.append(self._words.pooled(_on_grid(probabilities, grid, self._grid) / self._heads))
@@ -240,11 +246,6 @@ def _on_grid(words: Tensor, grid: Grid, whole: Grid) -> Tensor:
     maps = F.interpolate(maps, size=tuple(whole[1:]), mode="bicubic", align_corners=False).clamp_min(0)
     maps = rearrange(maps, "(b f) (h w) r c -> b h w (f r c)", f=grid.frames, w=words.shape[-1])
     return maps.sum(1)
-
-
-def _heads_first(x: Tensor, heads: int) -> Tensor:
-    x = x if x.ndim == 4 else rearrange(x, "b l (h d) -> b l h d", h=heads)
-    return rearrange(x, "b l h d -> b h l d")
 
 
 def _context(arguments: dict, model: nn.Module, tokens: int) -> Tensor:
