@@ -152,8 +152,37 @@ def test_scores_leave_pinned_memory_as_soon_as_they_have_arrived(recorder):
     record(recorder, scores[0], arrived)
     arrived.happened = True
     record(recorder, scores[1], on_its_way)
-    kept = [e.passes[0] for e in recorder._evaluations]
-    assert kept[0].copied is None
-    assert kept[0].scores["output"].data_ptr() != scores[0].data_ptr()
-    assert kept[1].copied is on_its_way
-    assert kept[1].scores["output"].data_ptr() == scores[1].data_ptr()
+    pinned = {s.data_ptr() for s in scores}
+    assert [kept.scores["output"].data_ptr() in pinned for kept in recorder._kept] == [False]
+    (waiting,) = (recorded for e in recorder._evaluations for recorded in e.passes)
+    assert waiting.copied is on_its_way
+    assert waiting.scores["output"].data_ptr() == scores[1].data_ptr()
+
+
+def test_live_maps_of_a_run_that_is_too_long_are_of_the_means_that_are_kept(caplog):
+    concepts = Concepts(("a", "b"), ("c",))
+    scores = torch.randn(6, 2, 1, 3, 4, 4)
+    recorder = Recorder(
+        concepts,
+        (0, 1),
+        (0, 1),
+        torch.linspace(1, 0, 7),
+        1,
+        Grid(1, 4, 4),
+        (64, 64),
+        (1.0, 1.0),
+        budget=2 * scores[0].nbytes,
+    )
+    sent = []
+    listener = LiveMaps(sent.append, lambda: True, interval=0)
+    for number, evaluation in enumerate(scores):
+        recorder.add(
+            recorder.evaluation(torch.ones(1)),
+            Pass(slice(0, 1), Grid(0, 0, 0), (0, 1), {"output": evaluation[:, :, :, None]}),
+        )
+        if number in (0, 5):
+            listener(recorder)
+    assert [s.evaluations for s in sent] == [1, 6]
+    means = [scores[0], *[scores[:3].mean(0)] * 2, *[scores[3:5].mean(0)] * 2, scores[5]]
+    expected = torch.stack(means)[:, :, 0].softmax(2).mean((0, 1))
+    assert torch.allclose(sent[-1].values, expected, atol=1e-6)

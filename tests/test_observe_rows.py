@@ -407,12 +407,12 @@ def test_evaluations_are_recorded_every_one_or_more(model):
         observed(model, every=0)
 
 
-@pytest.mark.parametrize("budget", [1, 8000], ids=["full at once", "full at the third evaluation"])
-def test_a_full_budget_leaves_the_default_layers(budget, caplog):
+def test_a_full_budget_leaves_the_default_layers(caplog):
     model = random_flux(depth=6)
     whole = sample(observed(model, spaces=("output", "value")), steps=4)
     assert recording(whole).layers == tuple(range(6))
-    assert "default layers" not in caplog.text
+    assert "keeping layers" not in caplog.text
+    budget = recording(whole).nbytes * 4 // 6
     with caplog.at_level(logging.WARNING):
         samples = sample(observed(model, spaces=("output", "value"), budget=budget), steps=4)
     assert torch.equal(samples, whole)
@@ -426,9 +426,26 @@ def test_a_full_budget_leaves_the_default_layers(budget, caplog):
             assert torch.equal(ours, expected[2:])
 
 
-def test_a_budget_never_drops_the_layers_that_were_asked_for():
+def test_a_budget_keeps_the_layers_that_were_asked_for_and_the_mean_of_their_evaluations():
     deep = random_flux(depth=6)
-    assert recording(sample(observed(deep, layers=[0, 1], budget=1))).layers == (0, 1)
+    asked = observed(deep, layers=[0, 1])
+    each = recording(sample(asked, steps=4))
+    samples = sample(observed(deep, layers=[0, 1], budget=each.nbytes // 2), steps=4)
+    assert torch.equal(samples, sample(asked, steps=4))
+    found = recording(samples)
+    assert found.layers == (0, 1)
+    assert found.counts == (2, 2)
+    assert found.steps == (0, 2)
+    for ours, pair in zip(found.scores["output"], (slice(0, 2), slice(2, 4)), strict=True):
+        torch.testing.assert_close(ours, torch.stack(each.scores["output"][pair]).mean(0))
+
+
+def test_a_layer_that_is_too_large_is_not_recorded_and_the_image_is_as_it_would_be():
+    model = random_flux(depth=2)
+    samples = sample(observed(model, budget=1))
+    assert torch.equal(samples, sample(model))
+    with pytest.raises(RecordingError, match="scores of one layer"):
+        recording(samples)
 
 
 @pytest.mark.parametrize("layers", [[0], [1], [0, 2]])

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from concept_attention.core.concepts import Concepts
 from concept_attention.core.geometry import Grid
 from concept_attention.core.observing.recorder import Pass, Recorder
-from concept_attention.core.observing.recording import RecordingError
+from concept_attention.core.observing.recording import Recording, RecordingError
+from concept_attention.core.reading.maps import heatmaps
 
 CONCEPTS = Concepts(("cat",), ("sky",))
 
@@ -85,7 +89,7 @@ def test_context_windows_fill_their_own_images():
 
 def test_a_recording_over_the_budget_keeps_the_default_layers():
     size = a_pass(0.0).scores["output"].nbytes
-    r = recorder(budget=2 * size)
+    r = recorder(budget=3 * size)
     for value in (1.0, 2.0, 3.0):
         r.add(r.evaluation(torch.tensor([1.0])), a_pass(value))
     r.add(r.evaluation(torch.tensor([1.0])), a_pass(4.0, layers=(1, 2)))
@@ -96,9 +100,149 @@ def test_a_recording_over_the_budget_keeps_the_default_layers():
 
 
 def test_a_recording_within_the_budget_keeps_every_layer():
-    r = recorder(budget=a_pass(0.0).scores["output"].nbytes)
-    r.add(r.evaluation(torch.tensor([1.0])), a_pass(1.0))
-    assert r.finish().layers == (0, 1, 2)
+    found = finish(*[[a_pass(1.0)]] * 4, budget=4 * a_pass(0.0).scores["output"].nbytes)
+    assert found.layers == (0, 1, 2)
+    assert found.counts == ()
+
+
+def long_run(evaluations: int, steps: int, fitting: int) -> tuple[Recording, Tensor]:
+    """A recording of random scores (E, L, 1, 2, 1, 2, 2) with a budget for as many evaluations as are
+    ``fitting``."""
+    scores = torch.randn(evaluations, 2, 1, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    r = Recorder(
+        CONCEPTS,
+        (1, 2),
+        (1, 2),
+        torch.linspace(1, 0, steps + 1),
+        1,
+        Grid(1, 2, 2),
+        (32, 32),
+        (1.0, 1.0),
+        budget=fitting * scores[0].nbytes,
+    )
+    for number, each in enumerate(scores):
+        evaluation = r.evaluation(torch.tensor([1 - number / evaluations]))
+        r.add(evaluation, Pass(slice(0, 1), Grid(0, 0, 0), (1, 2), {"output": each}))
+        assert sum(kept.nbytes for kept in r._kept) <= fitting * scores[0].nbytes
+    return r.finish(), scores[:, :, :, :, 0]
+
+
+@pytest.mark.parametrize(
+    "evaluations, steps, fitting, counts",
+    [
+        (20, 20, 10, (2,) * 10),
+        (20, 20, 19, (2,) * 10),
+        (20, 20, 6, (4,) * 5),
+        (7, 7, 3, (3, 3, 1)),
+        (5, 5, 1, (5,)),
+        (40, 20, 20, (2,) * 20),  # two evaluations in a step: found out on the way
+        (39, 20, 10, (4,) * 9 + (3,)),
+        (9, 1, 4, (4, 4, 1)),
+    ],
+)
+def test_evaluations_of_a_run_that_is_too_long_are_kept_as_means(evaluations, steps, fitting, counts, caplog):
+    found, scores = long_run(evaluations, steps, fitting)
+    assert found.counts == counts
+    assert found.nbytes <= fitting * scores[0].nbytes
+    start = 0
+    for ours, count in zip(found.scores["output"], counts, strict=True):
+        torch.testing.assert_close(ours, scores[start : start + count].mean(0))
+        start += count
+    assert f"every {max(counts)} evaluations" in caplog.text
+    assert "before softmax" in caplog.text
+
+
+def test_the_average_before_softmax_and_raw_scores_of_a_run_that_is_too_long_are_exact():
+    found, scores = long_run(7, 7, 3)
+    mean = scores.mean((0, 1))
+    torch.testing.assert_close(heatmaps(found, average="before softmax"), mean.softmax(1))
+    torch.testing.assert_close(heatmaps(found, softmax=False), mean)
+
+
+def test_evaluations_kept_as_one_count_as_the_first_step():
+    found, scores = long_run(7, 7, 3)
+    assert found.steps == (0, 3, 6)
+    assert found.sigmas == pytest.approx([1, 4 / 7, 1 / 7])
+    made = heatmaps(found, steps=range(3, 7), softmax=False)
+    torch.testing.assert_close(made, scores[3:].mean((0, 1)))
+
+
+def test_patches_that_some_evaluations_have_not_seen_are_the_mean_of_the_others():
+    scores = torch.randn(2, 2, 1, 2, 1, 2, 2)
+    r = recorder(layers=(1, 2), budget=scores[0].nbytes)
+    left = a_pass(0.0, layers=(1, 2), grid=(2, 1))
+    left = replace(left, scores={"output": scores[0][..., :1]})
+    r.add(r.evaluation(torch.tensor([1.0])), left)
+    r.add(r.evaluation(torch.tensor([0.5])), replace(left, scores={"output": scores[1]}))
+    (kept,) = r.finish().scores["output"]
+    torch.testing.assert_close(kept[..., :1], scores[..., :1].mean(0)[:, :, :, 0])
+    assert torch.equal(kept[..., 1:], scores[1][:, :, :, 0, :, 1:])
+
+
+def test_layers_that_will_not_fit_are_not_recorded_from_the_start():
+    size = a_pass(0.0).scores["output"].nbytes
+    assert recorder(budget=4 * size).layers == (0, 1, 2)
+    assert recorder(budget=4 * size - 1).layers == (1, 2)
+    assert recorder(budget=4 * size, spaces=2).layers == (1, 2)
+    assert recorder(budget=size, every=4).layers == (0, 1, 2)
+    assert recorder(budget=size // 3).layers == (2,)  # of the default ones, the last
+
+
+def test_a_layer_that_does_not_fit_alone_is_an_error_that_says_how_large_it_is():
+    r = Recorder(
+        CONCEPTS,
+        (0, 1),
+        (1,),
+        torch.tensor([1.0, 0.0]),
+        4,
+        Grid(64, 200, 200),
+        (3200, 3200),
+        (1.0, 1.0),
+        spaces=4,
+    )
+    with pytest.raises(
+        RecordingError, match="one layer would take 312 MB, more than the 256 MB.*fewer concepts"
+    ):
+        r.finish()
+
+
+@pytest.mark.parametrize(
+    "grid, layers, steps",
+    [(Grid(21, 30, 52), 40, 20), (Grid(31, 45, 80), 40, 20), (Grid(31, 45, 80), 48, 50)],
+    ids=["81 frames of 480p", "121 frames of 720p", "121 frames of 720p, 50 steps"],
+)
+def test_long_videos_are_planned_to_fit_with_their_default_layers(grid, layers, steps):
+    concepts = Concepts(("a", "b", "c", "d", "e", "f"), ("background",))
+    default = tuple(range(layers - -(-layers // 3), layers))
+    r = Recorder(
+        concepts,
+        tuple(range(layers)),
+        default,
+        torch.linspace(1, 0, steps + 1),
+        1,
+        grid,
+        (480, 832),
+        (1.0, 1.0),
+    )
+    assert r.layers == default
+    kept = -(-steps // r._at_once)
+    assert kept * len(default) * grid.size * 7 * 4 <= 256 * 2**20
+    assert kept >= 5
+
+
+def test_an_image_that_breaks_in_one_evaluation_is_broken_in_their_mean():
+    passes = [a_pass(1.0, batch=slice(0, 2), rows=2, layers=(1, 2)) for _ in range(4)]
+    passes[2].scores["output"][1, 1] = torch.inf
+    found = finish(
+        *[[each] for each in passes],
+        layers=(1, 2),
+        batch=2,
+        sigmas=[1.0, 0.75, 0.5, 0.25],
+        budget=2 * passes[0].scores["output"].nbytes,
+    )
+    assert found.counts == (2, 2)
+    assert found.broken == {1: (2, 2)}
+    assert all(s[:, 1].isnan().all() and (s[:, 0] == 1).all() for s in found.scores["output"])
 
 
 def test_a_run_that_recorded_nothing_is_an_error_that_names_likely_causes():

@@ -387,6 +387,17 @@ def test_files_keep_what_is_between_frames(tmp_path, how):
     assert torch.equal(loaded.shown(), maps.shown())
 
 
+def test_files_keep_how_many_evaluations_were_kept_as_one(tmp_path):
+    r = replace(recording(batch=3), durations=(1, 4, 4), counts=(4, 4, 1))
+    maps = concept_maps(r, average="before softmax")
+    save_maps(maps, tmp_path / "maps")
+    loaded = load_maps(tmp_path / "maps")
+    assert loaded.recording.counts == (4, 4, 1)
+    assert torch.equal(concept_maps(loaded.recording, average="before softmax").values, maps.values)
+    plain = concept_maps(replace(r, counts=()), average="before softmax")
+    assert not torch.allclose(plain.values, maps.values, atol=0.01)
+
+
 def test_a_figure_of_a_video_is_a_strip_of_frames_with_their_numbers():
     maps = concept_maps(clip())
     frames = truth().any(1).float()[..., None].expand(-1, -1, -1, 3)

@@ -53,7 +53,7 @@ class WhatToRecord:
         spaces: out of the ``SPACES`` of ``reading_of`` the model's family; the first of them if None.
         attend_image, attend_concepts: see ``Look``.
         every: evaluations of the model from one that is recorded to the next. The first always is.
-        budget: bytes that one recording may take before it keeps the default layers only.
+        budget: bytes that one recording may take, see ``Recorder``.
         reader: makes the ``Reading`` of each call instead of ``reading_of`` the family, with the same spaces.
     """
 
@@ -213,6 +213,7 @@ class _Observer:
             self.family.durations(model, noise),
             self._what.budget,
             self._what.every,
+            len(self._what.spaces),
         )
 
     def predict_noise(self, executor, x, timestep, model_options, seed):

@@ -73,15 +73,44 @@ class Evaluation:
                 self.passes[i] = replace(recorded, scores=scores, copied=None)
 
 
+@dataclass
+class _Kept:
+    """The mean of evaluations, given by their numbers in the run.
+
+    ``scores[space]`` is (L, B, K, h, w), the frames of videos as pictures; NaN in patches that none has seen.
+    """
+
+    numbers: list[int]
+    scores: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.nbytes for s in self.scores.values())
+
+    def join(self, later: _Kept) -> None:
+        self.numbers += later.numbers
+        share = len(later.numbers) / len(self.numbers)
+        for space, theirs in later.scores.items():
+            ours = self.scores[space]
+            ours, theirs = ours.where(~ours.isnan(), theirs), theirs.where(~theirs.isnan(), ours)
+            self.scores[space] = torch.lerp(ours, theirs, share)
+
+
 class Recorder:
     """Collects the evaluations of one sampling run. Passes may arrive from several threads.
 
+    What would take more than ``budget`` bytes is never kept. First go the layers that are no default ones.
+    Then evaluations that follow each other are kept as the mean of their scores, two, four or more in one.
+    Both are planned before the run, by the schedule; samplers that evaluate the model more often than once
+    in a step are found out on the way.
+
     Args:
-        layers: the layers to record; once ``budget`` bytes are full, only the default ones are kept.
+        layers: the layers to record.
         sigmas: the run's schedule (n + 1,).
         batch, grid: the number of images or videos and the tokens of each.
         durations: see ``Recording``.
         every: evaluations from one that is to be recorded to the next.
+        spaces: the number of spaces to record.
     """
 
     def __init__(
@@ -97,6 +126,7 @@ class Recorder:
         durations: tuple[int, ...] = (1,),
         budget: int = BUDGET,
         every: int = 1,
+        spaces: int = 1,
     ) -> None:
         self.layers = layers
         self.batch = batch
@@ -110,10 +140,14 @@ class Recorder:
         self._image_size = image_size
         self._budget = budget
         self._every = every
-        self._bytes = 0
         self._left_out: tuple[int, ...] = ()
         self._evaluations: list[Evaluation] = []
+        self._done = 0  # so many of them are in what is kept
+        self._kept: list[_Kept] = []
+        self._at_once = 1  # so many of them become one
+        self._broken: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
+        self._plan(spaces)
 
     @property
     def evaluated(self) -> bool:
@@ -123,8 +157,8 @@ class Recorder:
     @property
     def space(self) -> str | None:
         """The first of those recorded, if there is any yet."""
-        passes = (recorded for evaluation in self._evaluations for recorded in evaluation.passes)
-        return next((next(iter(recorded.scores)) for recorded in passes), None)
+        recorded = (r for e in self._evaluations[self._done :] for r in e.passes)
+        return next((next(iter(r.scores)) for r in (*self._kept, *recorded)), None)
 
     def evaluation(self, sigma: Tensor) -> Evaluation:
         evaluation = Evaluation(self, sigma, armed=len(self._evaluations) % self._every == 0)
@@ -135,7 +169,6 @@ class Recorder:
         """Keep nothing of the evaluation, as if it had not been: another node left blocks out."""
         with self._lock:
             evaluation.gap = evaluation.gap or gap
-            self._bytes -= sum(s.nbytes for p in evaluation.passes for s in p.scores.values())
             evaluation.passes.clear()
 
     def add(self, evaluation: Evaluation, recorded: Pass) -> None:
@@ -144,26 +177,25 @@ class Recorder:
                 return
             if recorded.layers != self.layers and recorded.copied is not None:
                 recorded.copied.synchronize()
-            for earlier in self._evaluations:
-                if earlier.arrived:
-                    earlier.wait()
             evaluation.passes.append(recorded.keep(self.layers))
-            self._bytes += sum(s.nbytes for s in recorded.scores.values())
-            if self._bytes > self._budget and self.layers != self._default_layers:
-                self._thin()
+            while (earlier := self._evaluations[self._done]) is not evaluation and earlier.arrived:
+                self._keep(earlier)
 
     def arrived(self, start: int) -> tuple[list[Tensor], int]:
         """Scores (L, B, K, h, w) of the default layers, in the first space recorded, of the evaluations from
-        number ``start`` on that are on the CPU by now; and the number of the next."""
-        scores = []
+        number ``start`` on that are on the CPU by now; and the number of the next. Where several are kept as
+        one, their mean stands for each."""
+        scores: list[Tensor] = []
         with self._lock:
             index = [self.layers.index(layer) for layer in self._default_layers]
+            for kept in self._kept:
+                scores += [kept.scores[self.space][index] for number in kept.numbers if number >= start]
+            start = max(start, self._done)
             for evaluation in self._evaluations[start:]:
                 if not evaluation.arrived:
                     break
                 if evaluation.passes:
-                    space = next(iter(evaluation.passes[0].scores))
-                    scores.append(_pictures(self._merged(evaluation, space))[index])
+                    scores.append(_pictures(self._merged(evaluation, self.space))[index])
                 start += 1
         return scores, start
 
@@ -171,18 +203,75 @@ class Recorder:
         """Give up recording: the image goes on, and the reason is raised when maps are asked for."""
         self.failure = self.failure or reason
 
-    def _thin(self) -> None:
-        self._left_out = tuple(layer for layer in self.layers if layer not in self._default_layers)
-        self.layers = self._default_layers
+    def _plan(self, spaces: int) -> None:
+        """As much as the schedule tells before the run, so that nothing is computed in vain."""
+        evaluations = max(1, -(-(len(self._schedule) - 1) // self._every))
+        of_a_layer = 4 * spaces * self.batch * len(self.concepts.all) * self.grid.size
+        most = self._budget // of_a_layer
+        if not most:
+            self.fail(
+                f"the scores of one layer would take {of_a_layer / 2**20:.0f} MB, more than the "
+                f"{self._budget / 2**20:.0f} MB that there are for a recording. Name fewer concepts, or make "
+                "fewer images or frames at a time"
+            )
+        elif evaluations * len(self.layers) > most:
+            self._keep_layers(self._default_layers[-most:])
+            if evaluations * len(self.layers) > most:
+                self._keep_at_once(-(-evaluations // (most // len(self.layers))))
+
+    def _keep_layers(self, layers: tuple[int, ...]) -> None:
+        """``layers`` only."""
+        if layers == self.layers:
+            return
+        index = [self.layers.index(layer) for layer in layers]
+        self._left_out = tuple(sorted({*self._left_out, *self.layers} - {*layers}))
+        self.layers = self._default_layers = layers
         logging.warning(
             "Concept Attention: all layers of this run would take more than %d MB; keeping layers %s only.",
             self._budget // 2**20,
-            listed(self.layers),
+            listed(layers),
         )
-        for evaluation in self._evaluations:
+        for kept in self._kept:
+            kept.scores = {space: s[index] for space, s in kept.scores.items()}
+        for evaluation in self._evaluations[self._done :]:
             evaluation.wait()
-            evaluation.passes = [p.keep(self.layers) for p in evaluation.passes]
-        self._bytes = sum(s.nbytes for e in self._evaluations for p in e.passes for s in p.scores.values())
+            evaluation.passes = [p.keep(layers) for p in evaluation.passes]
+
+    def _keep_at_once(self, evaluations: int) -> None:
+        """So many ``evaluations`` as one. Those kept already are a half of it each."""
+        self._at_once = evaluations
+        logging.warning(
+            "Concept Attention: this run would take more than %d MB even so; every %d evaluations of the "
+            "model that follow each other are kept as one, the mean of their scores, and count as its first "
+            'step. Of all steps together, raw scores and the average "before softmax" stay exact; "after '
+            'softmax" is the mean of fewer maps. To have each step, record fewer concepts, layers '
+            "(record_layers) or frames, or every so many evaluations (record_every).",
+            self._budget // 2**20,
+            evaluations,
+        )
+        for first, second in zip(self._kept[::2], self._kept[1::2], strict=False):
+            first.join(second)
+        self._kept = self._kept[::2]
+
+    def _keep(self, evaluation: Evaluation) -> None:
+        """The next that is done, as it is or in the last mean, within the budget."""
+        evaluation.wait()
+        number, self._done = self._done, self._done + 1
+        if not evaluation.passes:
+            return
+        self._broken = self._not_finite(evaluation, number) | self._broken
+        spaces = evaluation.passes[0].scores
+        kept = _Kept([number], {space: _pictures(self._merged(evaluation, space)) for space in spaces})
+        evaluation.passes = []
+        if self._kept and len(self._kept[-1].numbers) < self._at_once:
+            self._kept[-1].join(kept)
+        else:
+            self._kept.append(kept)
+        while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept) > self._budget:
+            if self.layers != self._default_layers:
+                self._keep_layers(self._default_layers)
+            else:
+                self._keep_at_once(2 * self._at_once)
 
     def finish(self, taken: int = 0) -> Recording:
         """The recording of the run.
@@ -195,8 +284,9 @@ class Recorder:
         """
         if self.failure is not None:
             raise RecordingError(unrecorded(self.failure))
-        evaluations = [e for e in self._evaluations if e.passes]
-        if not evaluations:
+        for evaluation in self._evaluations[self._done :]:
+            self._keep(evaluation)
+        if not self._kept:
             raise RecordingError(
                 f"Concept Attention recorded nothing while this LATENT was sampled{self._why_nothing(taken)}"
             )
@@ -208,14 +298,13 @@ class Recorder:
                 len(self._evaluations),
                 gaps[0],
             )
-        sigmas = [float(e.sigma.flatten()[0]) for e in evaluations]
-        steps = tuple(_step(self._schedule, sigma) for sigma in sigmas)
-        broken: dict[int, tuple[int, int]] = {}
-        for evaluation, step in zip(evaluations, steps, strict=True):
-            evaluation.wait()
-            broken = self._not_finite(evaluation, step) | broken
-        spaces = evaluations[0].passes[0].scores
-        scores = {space: tuple(_pictures(self._merged(e, space)) for e in evaluations) for space in spaces}
+        noise = [float(evaluation.sigma.flatten()[0]) for evaluation in self._evaluations]
+        sigmas = [noise[kept.numbers[0]] for kept in self._kept]
+        scores = {space: tuple(kept.scores[space] for kept in self._kept) for space in self._kept[0].scores}
+        broken = {
+            image: (_step(self._schedule, noise[number]), layer)
+            for image, (number, layer) in self._broken.items()
+        }
         if broken:
             rows = torch.tensor([i for image in broken for i in pictures_of(image, self.grid.frames)])
             scores = {
@@ -235,13 +324,14 @@ class Recorder:
             layers=self.layers,
             default_layers=self._default_layers,
             sigmas=tuple(sigmas),
-            steps=steps,
+            steps=tuple(_step(self._schedule, sigma) for sigma in sigmas),
             scores=scores,
             image_size=self._image_size,
             coverage=self.coverage,
             left_out=self._left_out,
             durations=self._durations,
             broken=broken,
+            counts=tuple(len(kept.numbers) for kept in self._kept) if self._at_once > 1 else (),
         )
 
     def _why_nothing(self, taken: int) -> str:
@@ -271,8 +361,8 @@ class Recorder:
             "that make or split its SIGMAS."
         )
 
-    def _not_finite(self, evaluation: Evaluation, step: int) -> dict[int, tuple[int, int]]:
-        """The images for which the model computed NaN or infinite values: see ``Recording.broken``."""
+    def _not_finite(self, evaluation: Evaluation, number: int) -> dict[int, tuple[int, int]]:
+        """The images for which the model computed NaN or infinite values: its number, and the layer."""
         found: dict[int, tuple[int, int]] = {}
         for recorded in evaluation.passes:
             images = (
@@ -282,7 +372,7 @@ class Recorder:
                 finite = scores.isfinite().flatten(2).all(2)  # (L, B')
                 for row, image in enumerate(images):
                     if not finite[:, row].all():
-                        found[image] = (step, self.layers[int(finite[:, row].int().argmin())])
+                        found[image] = (number, self.layers[int(finite[:, row].int().argmin())])
         return found
 
     def _merged(self, evaluation: Evaluation, space: str) -> Tensor:

@@ -51,6 +51,9 @@ class Recording:
         left_out: layers that were to be recorded too, but would have taken more memory than is allowed.
         durations: for each of a video's F latent frames, how many frames of the video it stands for; a single
             1 of images.
+        counts: of each evaluation here, how many of the model, one after the other, it is the mean of: all
+            of them would have taken more memory than is allowed. It has the sigma and the step of its first.
+            Empty: each is one.
         broken: the images whose scores are all NaN, because the model computed NaN or infinite values, with
             the step and the layer in which it first did.
     """
@@ -65,6 +68,7 @@ class Recording:
     coverage: tuple[float, float]
     left_out: tuple[int, ...] = ()
     durations: tuple[int, ...] = (1,)
+    counts: tuple[int, ...] = ()
     broken: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -141,6 +145,13 @@ class Recording:
             return chosen
         return [scores[index] for scores in chosen]
 
+    def weights(self, steps: Sequence[int] | None = None) -> list[int]:
+        """Of how many evaluations of the model each that ``select`` gives for these ``steps`` is the mean."""
+        counts = self.counts or (1,) * len(self.steps)
+        return [
+            count for count, step in zip(counts, self.steps, strict=True) if steps is None or step in steps
+        ]
+
 
 def gathered(images: Sequence[tuple[Recording, int]]) -> Recording:
     """The recording of a batch of images, each given by its recording and its number there: of the layers
@@ -180,6 +191,7 @@ def _check_alike(one: Recording, other: Recording) -> None:
         "concepts": lambda r: ", ".join(r.concepts.all),
         "steps": lambda r: listed(sorted(set(r.steps))),
         "evaluations of the model": lambda r: len(r.sigmas),
+        "numbers of evaluations kept as one": lambda r: listed(sorted({*r.counts} or {1})),
         "noise levels": lambda r: ", ".join(f"{sigma:.3g}" for sigma in r.sigmas),
         "numbers of frames": lambda r: sum(r.durations),
         "sizes": lambda r: "{} x {}".format(*r.image_size),

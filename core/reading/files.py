@@ -57,6 +57,7 @@ def save_maps(maps: ConceptMaps, path: Path, metadata: Mapping[str, str] | None 
             "broken": [[image, *place] for image, place in recording.broken.items()],
             "steps": recording.steps,
             "sigmas": recording.sigmas,
+            **({"counts": recording.counts} if recording.counts else {}),
             **({} if still else {"durations": recording.durations}),
         },
         "maps": {
@@ -116,6 +117,11 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
     if len(steps) != len(sigmas):
         raise ValueError(f"it has {len(steps)} steps for {len(sigmas)} sigmas")
 
+    counts = _numbers(recorded.get("counts", []), "counts", int)
+    _expect(
+        counts, not counts or (all(counts) and len(counts) == len(sigmas)), "counts", "one for each sigma"
+    )
+
     tensors = {}
     for name in ("maps", *(_SCORES + space for space in spaces)):
         if name not in file.keys():  # noqa: SIM118  it is no dictionary
@@ -146,6 +152,7 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
         coverage=coverage,
         left_out=_numbers(recorded.get("left_out", []), "left_out", int),
         durations=durations,
+        counts=counts,
         broken=_broken(recorded.get("broken", []), batch // len(durations)),
     )
     space, softmax, temperature = chosen["space"], chosen["softmax"], chosen["temperature"]

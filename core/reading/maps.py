@@ -3,6 +3,7 @@ latent frame, as in a recording."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -172,14 +173,12 @@ def heatmaps(
     if average not in AVERAGES:
         raise ValueError(f'Unknown average "{average}". Choose one of: {"; ".join(AVERAGES)}.')
     space = recording.space if space is None else space
+    evaluations, weights = recording.select(space, layers, steps), recording.weights(steps)
     if not softmax:
-        return mean_where_seen(s.mean(0) / temperature for s in recording.select(space, layers, steps))
+        return mean_where_seen((s.mean(0) / temperature for s in evaluations), weights)
     if average == "before softmax":
-        mean = mean_where_seen(s.mean(0) for s in recording.select(space, layers, steps))
-        return competing(mean, space, temperature, 1)
-    return mean_where_seen(
-        competing(s, space, temperature, 2).mean(0) for s in recording.select(space, layers, steps)
-    )
+        return competing(mean_where_seen((s.mean(0) for s in evaluations), weights), space, temperature, 1)
+    return mean_where_seen((competing(s, space, temperature, 2).mean(0) for s in evaluations), weights)
 
 
 def competing(scores: Tensor, space: str, temperature: float, axis: int) -> Tensor:
@@ -190,11 +189,11 @@ def competing(scores: Tensor, space: str, temperature: float, axis: int) -> Tens
     return (scores / temperature if temperature != 1 else scores).softmax(axis)
 
 
-def mean_where_seen(maps: Iterable[Tensor]) -> Tensor:
+def mean_where_seen(maps: Iterable[Tensor], weights: Iterable[int] = itertools.repeat(1)) -> Tensor:
     """The mean of maps of one shape, element by element over those that are not NaN; NaN if all are."""
     mean = MeanWhereSeen()
-    for values in maps:
-        mean.add(values)
+    for values, weight in zip(maps, weights, strict=False):
+        mean.add(values, weight)
     return mean.value
 
 
@@ -205,10 +204,10 @@ class MeanWhereSeen:
         self._total: Tensor | int = 0
         self._count: Tensor | int = 0
 
-    def add(self, values: Tensor) -> None:
+    def add(self, values: Tensor, weight: int = 1) -> None:
         unseen = values.isnan()
-        self._total = self._total + values.masked_fill(unseen, 0)
-        self._count = self._count + ~unseen
+        self._total = self._total + weight * values.masked_fill(unseen, 0)
+        self._count = self._count + weight * ~unseen
 
     @property
     def value(self) -> Tensor:
