@@ -167,13 +167,14 @@ def test_evaluations_kept_as_one_count_as_the_first_step():
     torch.testing.assert_close(made, scores[3:].mean((0, 1)))
 
 
-def test_patches_that_some_evaluations_have_not_seen_are_the_mean_of_the_others():
+@pytest.mark.parametrize("first", [0, 1])
+def test_patches_that_some_evaluations_have_not_seen_are_the_mean_of_the_others(first):
     scores = torch.randn(2, 2, 1, 2, 1, 2, 2)
     r = recorder(layers=(1, 2), budget=scores[0].nbytes)
     left = a_pass(0.0, layers=(1, 2), grid=(2, 1))
-    left = replace(left, scores={"output": scores[0][..., :1]})
-    r.add(r.evaluation(torch.tensor([1.0])), left)
-    r.add(r.evaluation(torch.tensor([0.5])), replace(left, scores={"output": scores[1]}))
+    passes = [replace(left, scores={"output": s}) for s in (scores[0][..., :1], scores[1])]
+    for number in (first, 1 - first):
+        r.add(r.evaluation(torch.tensor([1.0])), passes[number])
     (kept,) = r.finish().scores["output"]
     torch.testing.assert_close(kept[..., :1], scores[..., :1].mean(0)[:, :, :, 0])
     assert torch.equal(kept[..., 1:], scores[1][:, :, :, 0, :, 1:])

@@ -15,6 +15,7 @@ from concept_attention.core.concepts import Concepts
 from concept_attention.core.drawing import render
 from concept_attention.core.drawing.figures import frames_figure, layers_figures
 from concept_attention.core.drawing.render import heatmap_images, heatmap_size, images_of, overlay_images
+from concept_attention.core.drawing.transport import layer_means
 from concept_attention.core.observing.recording import Recording
 from concept_attention.core.reading.files import load_maps, save_maps
 from concept_attention.core.reading.grounding import propagate_anchors
@@ -396,6 +397,13 @@ def test_files_keep_how_many_evaluations_were_kept_as_one(tmp_path):
     assert torch.equal(concept_maps(loaded.recording, average="before softmax").values, maps.values)
     plain = concept_maps(replace(r, counts=()), average="before softmax")
     assert not torch.allclose(plain.values, maps.values, atol=0.01)
+
+
+def test_means_that_the_viewer_is_sent_count_each_evaluation_of_the_model():
+    r = recording()
+    maps = concept_maps(replace(r, counts=(2, 2, 1)))
+    three = [s[:, 0].softmax(1) for s in r.scores["output"]]
+    torch.testing.assert_close(layer_means(maps, 0), (2 * three[0] + 2 * three[1] + three[2]) / 5)
 
 
 def test_a_figure_of_a_video_is_a_strip_of_frames_with_their_numbers():

@@ -44,7 +44,8 @@ def layer_means(maps: ConceptMaps, image: int) -> Tensor:
     """For every recorded layer of one image, the mean over the chosen steps: (L, K, h, w)."""
     recording = maps.recording
     evaluations = recording.select(maps.space, recording.layers, maps.steps)
-    return mean_where_seen(_maps(maps, scores[:, image]) for scores in evaluations).nan_to_num(0)
+    each = (_maps(maps, scores[:, image]) for scores in evaluations)
+    return mean_where_seen(each, recording.weights(maps.steps)).nan_to_num(0)
 
 
 def evaluation_means(maps: ConceptMaps, image: int) -> Tensor:
