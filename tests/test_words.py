@@ -177,6 +177,10 @@ def test_maps_follow_their_names_into_another_order(model, row):
     assert relative(first[:, :, 0], first[:, :, 1]) > 1e-4, "names differ"
 
 
+# Models that call ComfyUI's attention without what other nodes put into ``transformer_options``.
+BY_THEMSELVES = {"PixArt Alpha, Sigma"}
+
+
 def test_another_nodes_attention_is_called_as_often_as_without(model, row):
     calls = []
     for observed in (model, watched(model, row)):
@@ -185,7 +189,8 @@ def test_another_nodes_attention_is_called_as_often_as_without(model, row):
         patched.model_options["transformer_options"]["optimized_attention_override"] = beside
         calls.append((sample(patched, row), beside.calls))
     assert same(calls[0][0], calls[1][0])
-    assert calls[0][1] == calls[1][1] > 0
+    assert calls[0][1] == calls[1][1]
+    assert bool(calls[0][1]) != (row.family in BY_THEMSELVES)
 
 
 def test_no_hook_stays_behind(model, row):

@@ -773,6 +773,14 @@ _KANDINSKY = {
     "num_visual_blocks": 3,
     "axes_dims": (16, 24, 24),
 }
+_PIXART = {
+    "image_model": "pixart_alpha",
+    "hidden_size": 192,
+    "depth": 3,
+    "num_heads": 2,
+    "caption_channels": 64,
+    "pe_interpolation": 1,
+}
 _SD, _WAN_FAMILY = "Stable Diffusion 1, 2, XL", "Wan 2.1, 2.2"
 
 WORDS = {
@@ -864,6 +872,14 @@ WORDS = {
     "cosmos1": Row("Cosmos 1", "CosmosT2V", _COSMOS_1, 64, (16, 3, 6, 8)),
     "cosmos1_i2v": Row("Cosmos 1", "CosmosI2V", {**_COSMOS_1, "in_channels": 17}, 64, (16, 3, 6, 8)),
     "cosmos_predict2": Row("Cosmos-Predict2", "CosmosT2IPredict2", _COSMOS, 64, (16, 3, 5, 8)),
+    "pixart_alpha": Row("PixArt Alpha, Sigma", "PixArtAlpha", _PIXART, 64, (4, 32, 36)),
+    "pixart_sigma": Row(
+        "PixArt Alpha, Sigma",
+        "PixArtSigma",
+        {**_PIXART, "image_model": "pixart_sigma", "micro_condition": False},
+        64,
+        (4, 32, 36),
+    ),
     "kandinsky5": Row(
         "Kandinsky 5", "Kandinsky5", _KANDINSKY, 64, (16, 3, 6, 8), values={"pooled_output": _random(32)}
     ),

@@ -201,6 +201,10 @@ class WordsFamily(Family):
     def heads(self, module: nn.Module) -> int:
         return module.heads
 
+    def text(self, arguments: dict[str, Any]) -> Tensor:
+        """The text (B, T, D) among a layer's arguments."""
+        return arguments["context"]
+
     def by_heads(self, module: nn.Module, made: Tensor, rows: int) -> Tensor:
         """Queries or keys (B, H, L, d) of B ``rows``, of what the module that makes them gives: as most do,
         (B, L, H * d) or (B, L, H, d)."""

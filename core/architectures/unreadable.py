@@ -9,5 +9,4 @@ UNREADABLE = {
     "ernie.model.ErnieImageModel": ("Ernie-Image", _UNSEEN),
     "hidream_o1.model.HiDreamO1Transformer": ("HiDream-O1", _ONE_WAY),
     "hydit.models.HunYuanDiT": ("HunyuanDiT", _UNSEEN),
-    "pixart.pixartms.PixArtMS": ("PixArt", _UNSEEN),
 }

@@ -60,9 +60,12 @@ class WordReading:
         self._heads = sum(family.heads(self._layers[n]) for n in default) / len(default)
         self._words = Words(look.tokens)
         self._text = self._words.text(
-            embedded(family, model, call, self._words.sequences, self._layers[0], _context, look.known)
+            embedded(family, model, call, self._words.sequences, self._layers[0], self._given, look.known)
         )
         self._scores: dict[int, list[Tensor]] = {}
+
+    def _given(self, arguments: dict, model: nn.Module, tokens: int) -> Tensor:
+        return self._family.text(arguments)
 
     @property
     def gap(self) -> str | None:
@@ -246,7 +249,3 @@ def _on_grid(words: Tensor, grid: Grid, whole: Grid) -> Tensor:
     maps = F.interpolate(maps, size=tuple(whole[1:]), mode="bicubic", align_corners=False).clamp_min(0)
     maps = rearrange(maps, "(b f) (h w) r c -> b h w (f r c)", f=grid.frames, w=words.shape[-1])
     return maps.sum(1)
-
-
-def _context(arguments: dict, model: nn.Module, tokens: int) -> Tensor:
-    return arguments["context"]
