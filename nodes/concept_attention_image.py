@@ -7,6 +7,7 @@ from ..core.architectures import family_of
 from ..core.observing.image import (
     LEVEL,
     encode_images,
+    frames_in_one,
     observe_image,
     parse_levels,
     patch_pixels,
@@ -50,7 +51,10 @@ class ConceptAttentionImage(io.ComfyNode):
                 io.Model.Input("model", tooltip="Without Concept Attention: it is not sampled."),
                 io.Clip.Input("clip", tooltip="The text encoders of the same model."),
                 io.Vae.Input("vae", tooltip="The VAE of the same model."),
-                io.Image.Input("image", tooltip="Any size. A batch, or the frames of a video, one by one."),
+                io.Image.Input(
+                    "image",
+                    tooltip="Any size. A batch is looked at image by image, by a video model as one video.",
+                ),
                 io.String.Input(
                     "concepts",
                     multiline=True,
@@ -208,7 +212,9 @@ class ConceptAttentionImage(io.ComfyNode):
             {"guidance": guidance} if family_of(model.get_model_object("diffusion_model")).guidance else {}
         )
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt), add_dict=added)
-        latent = encode_images(vae, image, patch_pixels(model))
+        frame_length = frames_in_one(model)
+        latent = encode_images(vae, image, patch_pixels(model), frame_length)
+        is_video = frame_length is not None and latent.ndim == 5
         recording = observe_image(
             model,
             what,
@@ -220,6 +226,7 @@ class ConceptAttentionImage(io.ComfyNode):
             seed=seed,
             pooled_prompt=pooled_prompt,
             average=average,
+            frames=len(image) if is_video else None,
         )
         remember(latent, recording)
         return io.NodeOutput({"samples": latent})

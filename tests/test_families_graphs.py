@@ -22,6 +22,7 @@ import comfy_extras.nodes_video_model as video_nodes
 import node_helpers
 import pytest
 import torch
+from comfy.ldm.anima.model import Anima
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from test_families import same
@@ -30,10 +31,17 @@ from torch import Tensor, nn
 
 import nodes
 from concept_attention.core.architectures import family_of
-from concept_attention.core.observing.image import encode_images, observe_image, patch_pixels, step_levels
+from concept_attention.core.observing.image import (
+    encode_images,
+    frames_in_one,
+    observe_image,
+    patch_pixels,
+    step_levels,
+)
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.recording import Recording, RecordingError
+from concept_attention.core.reading.maps import concept_maps
 from concept_attention.nodes.concept_attention_image import ConceptAttentionImage
 from tiny_flux import random_clip
 
@@ -699,6 +707,72 @@ class VideoVAE:
     def encode(self, images: Tensor) -> Tensor:
         frames = images.movedim(-1, 0)[None]
         return torch.nn.functional.avg_pool3d(frames[:, :, ::4], (1, 8, 8))
+
+
+@pytest.mark.parametrize("frames, of_latent", [(1, 1), (4, 2), (5, 2), (6, 3), (9, 3)])
+def test_images_are_frames_of_one_video_to_a_video_model(frames, of_latent):
+    images = torch.rand(frames, 24, 40, 3)
+    latent = encode_images(VideoVAE(), images, 16, 4)
+    assert latent.shape == (1, 3, of_latent, 4, 6)
+    missing = 4 * (of_latent - 1) + 1 - frames
+    whole = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
+    assert torch.equal(latent, encode_images(VideoVAE(), whole, 16, 4))
+
+
+def test_the_vae_of_another_model_is_an_error_that_gives_the_frames():
+    with pytest.raises(ValueError, match="of the 17 frames, where 3 latent frames are needed"):
+        encode_images(VideoVAE(), torch.rand(17, 16, 16, 3), 16, 8)
+
+
+def test_which_models_take_a_batch_for_a_video():
+    lengths = {
+        "cogvideox": 4,
+        "hunyuan_video": 4,
+        "mochi": 6,
+        "wan21_t2v": 4,
+        "ltxv": 8,
+        "cosmos_predict2": 4,
+    }
+    for name, length in lengths.items():
+        assert frames_in_one(tiny(name)) == length, name
+    for name in ("qwen_image", "qwen_image_layered", "krea2", "flux2"):
+        assert frames_in_one(tiny(name)) is None, name
+    anima = Anima.__new__(Anima)  # Cosmos-Predict2, but for pictures
+    assert not family_of(anima).films(anima)
+
+
+def test_a_video_that_exists_has_maps_for_each_of_its_frames():
+    class VAE(VideoVAE):
+        def encode(self, images: Tensor) -> Tensor:
+            return super().encode(images).repeat(1, 6, 1, 1, 1)[:, :16]
+
+    model = tiny("cogvideox")
+    width = family_of(model.model.diffusion_model).token_width(model.model.diffusion_model)
+    images = torch.rand(11, 32, 48, 3, generator=torch.Generator().manual_seed(3))
+    (latent,) = ConceptAttentionImage.execute(
+        model,
+        random_clip(width),
+        VAE(),
+        images,
+        "cat, ball",
+        "sky",
+        "a cat",
+        {"noise": "level", "levels": "0.5"},
+        samples=1,
+        seed=0,
+        token_pooling="automatic",
+        record_layers="default",
+        record_cross_attention=False,
+        record_value=False,
+        average="after softmax",
+        guidance=3.5,
+        pooled_prompt=True,
+    ).result
+    found = recording_of(latent)
+    assert found.durations == (1, 4, 4, 2)
+    assert found.batch == 1
+    maps = concept_maps(found)
+    assert maps.shown(len(images)).shape[:3] == (1, 11, 3)
 
 
 def test_images_are_no_frames_of_one_video():

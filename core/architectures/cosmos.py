@@ -32,6 +32,10 @@ class CosmosPredict2(WordsFamily):
     def patch(self, model: nn.Module) -> Patch:
         return Patch(model.patch_temporal, model.patch_spatial, model.patch_spatial)
 
+    def films(self, model: nn.Module) -> bool:
+        """Anima paints pictures."""
+        return type(model).__module__ != "comfy.ldm.anima.model"
+
     def embed(self, model: nn.Module, context: Tensor) -> Tensor:
         return context
 

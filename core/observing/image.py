@@ -49,6 +49,7 @@ def observe_image(
     noise: Tensor | None = None,
     pooled_prompt: bool = True,
     average: str = "after softmax",
+    frames: int | None = None,
 ) -> Recording:
     """What the model sees in images that it did not paint.
 
@@ -77,6 +78,8 @@ def observe_image(
         average: "after softmax" keeps every level and sample as an evaluation of its own, and maps are means
             of their softmaxes; "before softmax" keeps the mean of their scores as the only evaluation, with
             the mean noise level.
+        frames: of the video, which may be less than the latent's: what ``encode_images`` repeated. As many as
+            the latent has if None.
 
     Returns:
         The recording: evaluations by level, the noisiest first, then by sample. Its steps number the levels.
@@ -112,33 +115,59 @@ def observe_image(
         conditioning = [_without_pooled(entry) for entry in conditioning]
     parts = _evaluate(observed, latent, noise, conditioning, levels, seed)
     recording = _folded(parts, levels, noise.shape[:2], average, image_size, coverage)
+    if frames is not None:
+        recording = replace(recording, durations=_shortened(recording.durations, frames))
     if len(recording.broken) == recording.batch:
         raise RecordingError(recording.failed)
     return recording
 
 
-def encode_images(vae: VAE, images: Tensor, unit: int) -> Tensor:
+def _shortened(durations: tuple[int, ...], frames: int) -> tuple[int, ...]:
+    """Those of a video of so many ``frames``, whose last was repeated."""
+    return (*durations[:-1], durations[-1] - (sum(durations) - frames))
+
+
+def encode_images(vae: VAE, images: Tensor, unit: int, frame_length: int | None = None) -> Tensor:
     """The latent of images (B, H, W, 3 or more), of which the first three channels count: (B, C, H, W), or
-    (B, C, 1, H, W) by the VAE of a video model.
+    (B, C, 1, H, W) by the VAE of a video model; or that of the video (1, C, F, H, W) whose frames they are.
 
     ``VAE.encode`` would cut off what is no multiple of its patch, on all sides. Here the images are padded to
     a multiple of ``unit`` pixels first, at the bottom and on the right as ComfyUI's models pad latents, so
     that the maps cover all of them. The padding repeats the edge: wrapped around, as in those models, it
-    would show what is on the other side.
+    would show what is on the other side. A video's last frame is repeated too, where VAEs would leave out
+    the frames that do not fill another of the latent.
 
     Args:
         unit: see ``patch_pixels``.
+        frame_length: see ``frames_in_one``.
 
     Raises:
-        ValueError: they are no images, see ``rgb_images``.
+        ValueError: they are no images, see ``rgb_images``; or the VAE is not the video model's.
     """
     pixels = rgb_images(images).movedim(-1, 1)
     padded = pad_to_patch_size(pixels, (unit, unit), padding_mode="replicate").movedim(1, -1)
-    if getattr(vae, "latent_dim", 2) == 3 and len(
-        padded
-    ):  # which would take the images for frames of one video
+    if getattr(vae, "latent_dim", 2) != 3:
+        return vae.encode(padded)
+    if frame_length is None:  # it would take the images for frames of one video
         return torch.cat([vae.encode(image[None]) for image in padded])
-    return vae.encode(padded)
+    missing = (1 - len(padded)) % frame_length
+    latent = vae.encode(torch.cat([padded, padded[-1:].expand(missing, -1, -1, -1)]))
+    expected = 1 + (len(padded) + missing - 1) // frame_length
+    if latent.ndim != 5 or latent.shape[2] != expected:
+        raise ValueError(
+            f"The VAE makes a latent of the shape {tuple(latent.shape)} of the {len(padded)} frames, where "
+            f"{expected} latent frames are needed. Use the VAE that belongs to the model."
+        )
+    return latent
+
+
+def frames_in_one(model: ModelPatcher) -> int | None:
+    """How many frames of a video share a frame of the latent, beyond the first; None if images are looked at
+    one by one, since the model makes no videos."""
+    diffusion_model = model.get_model_object("diffusion_model")
+    family = family_of(diffusion_model)
+    films = model.get_model_object("latent_format").latent_dimensions == 3 and family.films(diffusion_model)
+    return family.frame_length if films else None
 
 
 def patch_pixels(model: ModelPatcher) -> int:
