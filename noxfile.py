@@ -100,4 +100,7 @@ def _test(session: nox.Session, python: str) -> None:
         # Without a browser, its tests are skipped; in CI they are not.
         codes = (0,) if os.environ.get("CI") else (0, 1)
         session.run(python, "demo/chromium.py", external=True, success_codes=codes)
-    session.run(python, "-m", "pytest", *session.posargs, external=True)
+    # Each file's tests in one process, since they share servers and models; each process on one thread.
+    session.env["OMP_NUM_THREADS"] = "1"
+    spread = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+    session.run(python, "-m", "pytest", *spread, *session.posargs, external=True)
