@@ -189,7 +189,10 @@ def encode_concepts(
     front = None
     if family.causal:
         encoded = [encode(probe) for probe in probes]
-        front = _own(ids[0], ids[1:]).start - _parting(*encoded)
+        if len(encoded[0]) == len(ids[0]) < len(_ids(given[encoder])):
+            front = 0  # it leaves out the padding and nothing else
+        else:
+            front = _own(ids[0], ids[1:]).start - _parting(*encoded)
         if not 0 <= front <= max(0, len(_ids(given[encoder])) - len(encoded[0])):
             raise _not_the_models(family, f"no weights for the text encoder {encoder}")
     special = _special_words(tokenizer, encoder)
@@ -227,7 +230,7 @@ def encode_concepts(
     if not prompt.strip():
         return tokens
     given = clip.tokenize(prompt)
-    whole = _ids(given[encoder])
+    whole = _begun(_ids(given[encoder]), padding)
     encoded = encode(given)
     left_out = max(0, len(whole) - len(encoded)) if front is None else front
     rows = whole[left_out : left_out + len(encoded)]
@@ -271,7 +274,13 @@ def _padding(ids: list[int]) -> int | None:
 
 
 def _unpadded(ids: list[int], padding: int | None) -> list[int]:
+    ids = _begun(ids, padding)
     return ids[: ids.index(padding)] if padding in ids else ids
+
+
+def _begun(ids: list[int], padding: int | None) -> list[int]:
+    """Without the padding in front, which some encoders leave out of what they give."""
+    return list(itertools.dropwhile(lambda token: token == padding, ids))
 
 
 def _parting(a: Tensor, b: Tensor) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from comfy.sd import CLIPType
-from tiny_encoders import ENCODERS, T5, WIDTH, EncoderRow, clip_of, harmony, tiny_clip
+from tiny_encoders import ENCODERS, T5, WIDTH, EncoderRow, clip_of, harmony, ltx2, tiny_clip
 
 from concept_attention.core.architectures import families
 from concept_attention.core.concepts import ConceptTokens, encode_concepts
@@ -33,7 +34,7 @@ def encoded(name: str, *concepts: str) -> ConceptTokens:
 
 
 # Text encoders that were not shrunk yet: docs/models.md does not call them checked.
-UNTRIED = {"Boogu", "HiDream-I1", "LTX-2", "Lens", "MiniMax H3"}
+UNTRIED = {"Boogu", "HiDream-I1", "Lens"}
 
 # What loads their text encoders has no types to choose from.
 WITHOUT_TYPES = {"LTX-2", "Stable Diffusion 1, 2, XL"}
@@ -56,6 +57,27 @@ def test_a_names_tokens_lie_where_the_encoder_puts_them(name, row):
     assert tokens.lengths[0] == row.length
 
 
+def test_the_first_ltx2_scales_a_text_as_a_whole_and_its_rows_are_found_too():
+    """No row of a text is that of another text, however they begin."""
+    row = replace(ENCODERS["ltx23"], model=ltx2("single_linear", WIDTH), width=WIDTH)
+    names = ("dragon", "hot air balloon")
+    tokens = encode_concepts(clip_of(row), names, "automatic", FAMILIES[row.family], WIDTH)
+    assert [(span.start, span.stop) for span in tokens.spans] == list(row.rows)
+    assert not torch.allclose(tokens.sequences[0][0], tokens.sequences[1][0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name,user,dragon",
+    [("ltx23", (3, 4), (9, 10, 11)), ("wan", (2, 3), (8, 9, 10)), ("sdxl", (2,), (5,))],
+)
+def test_names_are_found_in_a_prompt_on_whichever_side_it_is_filled_up(name, user, dragon):
+    row = ENCODERS[name]
+    family, names = FAMILIES[row.family], ("dragon", "user", "sky")
+    prompt = "a user and a dragon"
+    tokens = encode_concepts(tiny_clip(name), names, "automatic", family, row.width, prompt)
+    assert tokens.prompt.words == (dragon, user, ())
+
+
 def test_the_rows_are_those_that_the_clip_gives_for_the_name_as_a_prompt(name):
     (sequence,) = encoded(name, "hot air balloon").sequences
     clip = tiny_clip(name)
@@ -69,13 +91,13 @@ def test_only_from_its_first_row_on_a_name_differs_from_another(name, row):
     start = min(span.start for span in tokens.spans)
     assert not torch.allclose(balloon[start], sky[start], atol=1e-3)
     if FAMILIES[row.family].causal:
-        assert torch.allclose(balloon[:start], sky[:start], atol=1e-5)
+        assert torch.allclose(balloon[:start], sky[:start], atol=1e-4)
         same = min(span.stop for span in tokens.spans[:2]) - start
         parted = next(
             i for i in range(same) if not torch.allclose(balloon[start + i], pump[start + i], atol=1e-3)
         )
         assert parted >= 2  # the words in common are alike, whatever follows
-        assert torch.allclose(balloon[: start + parted], pump[: start + parted], atol=1e-5)
+        assert torch.allclose(balloon[: start + parted], pump[: start + parted], atol=1e-4)
 
 
 def test_a_causal_name_ends_before_the_template_goes_on(name, row):
@@ -84,7 +106,7 @@ def test_a_causal_name_ends_before_the_template_goes_on(name, row):
         return
     short, long = encoded(name, "hot air", "hot air balloon").sequences
     short_span, long_span = encoded(name, "hot air", "hot air balloon").spans
-    assert torch.allclose(short[short_span], long[short_span], atol=1e-5)
+    assert torch.allclose(short[short_span], long[short_span], atol=1e-4)
     assert long_span.stop > short_span.stop
     assert len(short) == short_span.stop or not torch.allclose(
         short[short_span.stop], long[short_span.stop], atol=1e-3

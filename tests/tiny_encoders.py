@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -15,6 +16,7 @@ import comfy.supported_models_base
 import sentencepiece
 import torch
 from comfy import sd1_clip
+from comfy.text_encoders import lt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -41,7 +43,7 @@ class EncoderRow:
     Attributes:
         family: whose it is.
         tokenizer, model: classes below ``comfy.text_encoders``, or with a dot in front below ``comfy``; the
-            second perhaps what returns one.
+            second perhaps what returns one, or itself a class.
         rows: where in what it gives the tokens of "dragon" lie, and those of "hot air balloon".
         options: what shrinks it.
         length: how many tokens it gives for "dragon".
@@ -52,7 +54,7 @@ class EncoderRow:
 
     family: str
     tokenizer: str
-    model: str
+    model: str | type
     rows: tuple[tuple[int, int], tuple[int, int]]
     length: int
     options: dict[str, Any]
@@ -115,7 +117,24 @@ def _bytes(*special: str) -> Tokenizer:
     return tokenizer
 
 
+def ltx2(projection: str, *widths: int) -> type:
+    """LTX-2's encoder, its projection to the widths of picture and sound as small as its language model."""
+
+    class Encoder(lt.LTXAVTEModel):
+        def __init__(self, **options):
+            super().__init__(text_projection_type=projection, **options)
+            ops, language = self.gemma3_12b.operations, self.gemma3_12b.transformer.model.config
+            states = language.hidden_size * (language.num_hidden_layers + 1)
+            if projection == "dual_linear":
+                self.text_embedding_projection = lt.DualLinearProjection(states, *widths, operations=ops)
+            else:
+                self.text_embedding_projection = ops.Linear(states, *widths, bias=False)
+
+    return Encoder
+
+
 _T5 = {"t5xxl_model_config": T5}
+_GEMMA3 = {"model_name": "gemma3_12b", "gemma3_12b_model_config": llm()}
 _CLIPS = {"clip_l_model_config": CLIP, "clip_g_model_config": CLIP}
 ENCODERS = {
     "flux1": EncoderRow(
@@ -199,6 +218,17 @@ ENCODERS = {
         {"umt5xxl_model_config": T5},
         data=_sentences,
     ),
+    "ltx23": EncoderRow(
+        "LTX-2",
+        "lt.LTXAVGemmaTokenizer",
+        ltx2("dual_linear", 2 * WIDTH, WIDTH),
+        ((1, 4), (1, 9)),
+        4,
+        _GEMMA3,
+        3 * WIDTH,
+        arguments=None,
+        data=_sentences,
+    ),
     "ltxv": EncoderRow("LTX-Video", "lt.LTXVT5Tokenizer", "lt.ltxv_te", ((0, 1), (0, 3)), 128, _T5),
     "cosmos": EncoderRow(
         "Cosmos-Predict2",
@@ -207,10 +237,6 @@ ENCODERS = {
         ((0, 1), (0, 3)),
         512,
         _T5,
-    ),
-    "cosmos1": EncoderRow("Cosmos 1", "cosmos.CosmosT5Tokenizer", "cosmos.te", ((0, 1), (0, 3)), 512, _T5),
-    "pixart": EncoderRow(
-        "PixArt Alpha, Sigma", "pixart_t5.PixArtTokenizer", "pixart_t5.pixart_te", ((0, 1), (0, 3)), 2, _T5
     ),
     "kandinsky5": EncoderRow(
         "Kandinsky 5",
@@ -330,6 +356,14 @@ ENCODERS = {
         6,
         {"qwen3vl_4b_model_config": llm()},
     ),
+    "minimax-h3": EncoderRow(
+        "MiniMax H3",
+        "minimax.MiniMaxH3Tokenizer",
+        "minimax.te",
+        ((0, 1), (0, 3)),
+        1,
+        {"qwen3vl_32b_model_config": llm()},
+    ),
     "lumina2": EncoderRow(
         "Lumina 2",
         "lumina2.LuminaTokenizer",
@@ -389,17 +423,27 @@ def _blind(*args, **kwargs) -> nn.Module:
     return nn.Module()
 
 
+@contextlib.contextmanager
+def blind() -> Iterator[None]:
+    """Builds encoders without what sees pictures, which has no options. Names have none."""
+    with contextlib.ExitStack() as stack:
+        for part in (
+            "clip_model.CLIPVision",
+            "text_encoders.llama.Gemma3MultiModalProjector",
+            "text_encoders.qwen_vl.Qwen2VLVisionTransformer",
+            "text_encoders.qwen3vl.Qwen3VLVisionModel",
+        ):
+            stack.enter_context(patch(f"comfy.{part}", _blind))
+        yield
+
+
 def clip_of(row: EncoderRow) -> comfy.sd.CLIP:
-    model = _found(row.model)
+    model = _found(row.model) if isinstance(row.model, str) else row.model
     target = comfy.supported_models_base.ClipTarget(
         _found(row.tokenizer), model if row.arguments is None else model(**row.arguments)
     )
     options = {"dtype": torch.float32, **row.options}
-    # What sees pictures in Qwen's encoders has no options; names have none.
-    with (
-        patch("comfy.text_encoders.qwen_vl.Qwen2VLVisionTransformer", _blind),
-        patch("comfy.text_encoders.qwen3vl.Qwen3VLVisionModel", _blind),
-    ):
+    with blind():
         clip = comfy.sd.CLIP(target=target, tokenizer_data=row.data(), model_options=options)
     g = torch.Generator().manual_seed(0)
     for name, weight in clip.cond_stage_model.named_parameters():
