@@ -3,8 +3,6 @@ from __future__ import annotations
 from io import BytesIO
 from pathlib import Path
 
-import comfy.model_management
-import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
@@ -14,6 +12,7 @@ from ..core.drawing.figures import concepts_figure, frames_figure, layers_figure
 from ..core.drawing.render import COLOUR_MAPS, figure_image, images_of
 from ..core.observing.recording import parse_layers
 from .limits import within_limits
+from .progress import progress_bar
 from .search import HEATMAPS
 from .types import CATEGORY, ConceptMapsType
 
@@ -121,14 +120,14 @@ class ConceptFigure(io.ComfyNode):
                 layout["layers"], recording.layers, recording.default_layers, recording.left_out
             )
             names = split_names(layout["concept"]) or maps.concepts.names
-            bar = comfy.utils.ProgressBar(1)
-
-            def progress(done: int, total: int) -> None:
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                bar.update_absolute(done, total)
-
             figures = layers_figures(
-                maps, names, layers=layers, columns=layout["steps"], frames=frames, progress=progress, **style
+                maps,
+                names,
+                layers=layers,
+                columns=layout["steps"],
+                frames=frames,
+                progress=progress_bar(),
+                **style,
             )
         pictures, vectors = [], []
         for figure in figures:  # one at a time: each has large maps

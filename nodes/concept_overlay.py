@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from ..core.concepts import split_names
 from ..core.drawing.render import COLOUR_MAPS, overlay_images
 from .limits import within_limits
+from .progress import progress_bar
 from .search import HEATMAPS
 from .types import CATEGORY, ConceptMapsType
 
@@ -78,5 +79,6 @@ class ConceptOverlay(io.ComfyNode):
             shared_scale=scale == "all concepts",
             contour=contour,
             label=name,
+            progress=progress_bar(),
         )
         return io.NodeOutput(pictures.flatten(0, 1))

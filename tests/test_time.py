@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import comfy.model_management
 import folder_paths
 import pytest
 import torch
@@ -460,6 +461,16 @@ def test_every_node_gives_a_picture_for_every_frame(tmp_path, monkeypatch):
     assert len(figures) == 2
     of_layers = {"layout": "layers and steps", "concept": "cat", "layers": "0, 1", "steps": 2}
     assert len(ConceptFigure.execute(maps, of_layers, **drawn, frames=3).result[0]) == 2 * 3
+
+
+def test_overlays_of_a_video_tell_how_far_they_are_and_can_be_cancelled():
+    told = []
+    maps = video(1, 4)
+    overlay_images(maps, pictures(5), ["cat", "ball"], progress=lambda *counts: told.append(counts))
+    assert told == [(done, 10) for done in range(11)]
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        ConceptOverlay.execute(maps, pictures(5), "", "magma", 0.6, "all concepts", 0.0, False)
 
 
 def test_heatmaps_of_a_long_video_are_smaller_than_it(monkeypatch):

@@ -174,6 +174,7 @@ def overlay_images(
     shared_scale: bool = True,
     contour: float = 0.0,
     label: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """Images (B, H, W, 3) under the maps of concepts, one picture for each image and concept
     (B, len(names), H, W, 3).
@@ -183,6 +184,7 @@ def overlay_images(
             that an absent concept looks absent; else to the highest value of the concept itself.
         contour: draw a line where a map crosses this share of its scale, 0..1; 0 draws none.
         label: write the concept's name into the picture.
+        progress: called with the number of pictures that are done, and of all.
 
     Raises:
         ValueError: there is no such concept, or maps and images do not go together (``images_of``).
@@ -192,18 +194,21 @@ def overlay_images(
     shown = list(range(len(maps.concepts.names)))
     pictures = torch.empty(len(images), len(indices), *images.shape[1:])
     videos = maps.shown(len(images))
-    frames = videos.shape[1]
+    frames, done, total = videos.shape[1], 0, len(images) * len(indices)
     for video, under, over in zip(videos, images.split(frames), pictures.split(frames), strict=True):
         common = video[:, shown + indices].max()
         for n, index in enumerate(indices):
             scale = _positive(common if shared_scale else video[:, index].max())
             name = maps.concepts.all[index] if label else ""
             for values, image, picture in zip(video[:, index] / scale, under, over[:, n], strict=True):
+                progress(done, total)
                 map_ = upscale(values[None, None], image.shape[:2], maps.coverage)[0, 0]
                 coloured = torch.lerp(image, colourise(map_, colour_map), opacity)
                 if name or contour > 0:
                     coloured = _inked(coloured, lambda axes, m=map_, s=name: _annotate(axes, m, contour, s))
                 picture.copy_(coloured)
+                done += 1
+    progress(done, total)
     return pictures
 
 
