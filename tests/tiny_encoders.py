@@ -238,6 +238,10 @@ ENCODERS = {
         512,
         _T5,
     ),
+    "cosmos1": EncoderRow("Cosmos 1", "cosmos.CosmosT5Tokenizer", "cosmos.te", ((0, 1), (0, 3)), 512, _T5),
+    "pixart": EncoderRow(
+        "PixArt Alpha, Sigma", "pixart_t5.PixArtTokenizer", "pixart_t5.pixart_te", ((0, 1), (0, 3)), 2, _T5
+    ),
     "kandinsky5": EncoderRow(
         "Kandinsky 5",
         "kandinsky5.Kandinsky5Tokenizer",
