@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.ops
@@ -12,6 +14,7 @@ import comfy.utils
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from test_golden import run as sampled
 from torch import Tensor
 
 from concept_attention.core.architectures.stable_diffusion import StableDiffusion
@@ -22,15 +25,16 @@ from concept_attention.core.observing.observe import WhatToRecord, observe
 from concept_attention.core.observing.readers import words as words_module
 from concept_attention.core.reading.maps import heatmaps
 from golden_files import FOLDER, Golden
+from tiny_flux import FluxGolden
 
 TOLERANCE = 1e-5
 CPU = torch.device("cpu")
 
 
-def files() -> list[Path]:
+def files(kind: str) -> list[Path]:
     """The repository's files, and those of the folder ``GOLDEN_DIR``."""
     folders = [Path(os.environ["GOLDEN_DIR"])] if os.environ.get("GOLDEN_DIR") else []
-    found = {p.name: p for folder in (*folders, FOLDER) for p in folder.glob("daam_sd*.safetensors")}
+    found = {p.name: p for folder in (FOLDER, *folders) for p in folder.glob(f"daam_{kind}*.safetensors")}
     return [path for name, path in sorted(found.items()) if "weights" not in name]
 
 
@@ -138,14 +142,17 @@ class Evaluations(comfy.samplers.Sampler):
         return out
 
 
-@pytest.fixture(params=files(), ids=lambda p: p.stem, scope="module")
+@pytest.fixture(params=files("sd"), ids=lambda p: p.stem, scope="module")
 def unet(request) -> UNet:
     return UNet(request.param)
 
 
 @pytest.fixture(autouse=True)
-def daams_grid(unet, monkeypatch):
+def daams_grid(request, monkeypatch):
     """DAAM's maps have 64 or 96 rows, whatever sizes the layers have."""
+    if "unet" not in request.fixturenames:
+        return
+    unet = request.getfixturevalue("unet")
     monkeypatch.setattr(StableDiffusion, "patch", lambda self, model: Patch(1, unet.patch, unet.patch))
 
 
@@ -208,3 +215,44 @@ def test_words_of_another_prompt_are_read_with_the_queries_of_the_models_own(une
 def test_the_picture_stays_the_same(unet):
     plain = unet.run(unet.model(), "proper", timesteps(unet))
     assert torch.equal(unet.run(unet.observed(), "proper", timesteps(unet)), plain)
+
+
+class FluxWords(FluxGolden):
+    """A file of Flux.1, with the weights and inputs that it was made from; each token of the prompt is a
+    concept."""
+
+    @classmethod
+    def load(cls, path: Path) -> FluxWords:
+        golden = Golden.load(path)
+        if any(name.startswith("weights.") for name in golden.tensors):
+            return cls(golden.tensors, golden.metadata)
+        source = re.search(r"\w+\.safetensors", golden.metadata["weights_and_inputs"])[0]
+        folder = path.parent if (path.parent / source).exists() else FOLDER
+        given = Golden.load(folder / source)
+        return cls({**given.tensors, **golden.tensors}, {**given.metadata, **golden.metadata})
+
+    @property
+    def tokens(self) -> ConceptTokens:
+        context = self["inputs.context"][0]
+        words = tuple((i,) for i in range(len(self["expected.text"])))
+        return replace(ConceptTokens.single(context[: len(words)]), prompt=Prompt(context, words))
+
+    @property
+    def concepts(self) -> Concepts:
+        return Concepts(tuple(f"token {i}" for i in range(len(self["expected.text"]))))
+
+
+@pytest.fixture(params=files("flux"), ids=lambda p: p.stem, scope="module")
+def flux(request) -> FluxWords:
+    return FluxWords.load(request.param)
+
+
+def test_words_of_flux1s_prompt_have_the_attention_that_image_pays_to_text(flux):
+    with torch.inference_mode():
+        _, recording = sampled(flux, spaces=["probability"])
+    for step, scores in enumerate(recording.scores["probability"]):
+        for layer in recording.layers:
+            expected = flux[f"expected.step{step}.layer{layer}.text"]
+            assert relative(scores[layer, 0].flatten(1), expected) <= TOLERANCE
+    every = heatmaps(recording, layers=recording.layers, softmax=False)[0]
+    assert relative(every, flux["expected.text"]) <= TOLERANCE

@@ -25,9 +25,9 @@ class AuraFlow(JointFamily):
     def text(self, call: BlockCall) -> Tensor:
         return call["c"]
 
-    def embedded(self, call: BlockCall, tokens: int) -> Tensor:
+    def given(self, call: BlockCall, tokens: int) -> slice:
         registers = call.model.register_tokens.shape[1]
-        return call["c"][:, registers : registers + tokens]
+        return slice(registers, registers + tokens)
 
     def changes(self, call: BlockCall, hidden: Tensor, positions: list[int]) -> dict[str, Any]:
         return {"c": hidden, "x": call["x"][:, :1].clone()}

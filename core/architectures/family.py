@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..geometry import Grid, Patch
 
 # What fits only the text that was given, or would stand beside the one token of the picture.
-_NOT_ALONE = ("attention_mask", "image_cond", "ref_latent", "ref_latents")
+_NOT_ALONE = ("attention_mask", "guiding_frame_index", "image_cond", "ref_latent", "ref_latents")
 
 
 class Family:
@@ -151,6 +151,10 @@ class JointFamily(Family):
         start = self.text(call).shape[1] if self.text_first else 0
         return slice(start, start + call.picture)
 
+    def text_start(self, call: BlockCall, length: int) -> int:
+        """Where the text rows begin in the joint sequence of ``length``."""
+        return 0 if self.text_first else self.picture(call, length).stop
+
     def keys(self, call: BlockCall, length: int) -> slice:
         """What of the joint sequence concepts attend to beside each other."""
         return self.picture(call, length)
@@ -181,7 +185,11 @@ class JointFamily(Family):
 
     def embedded(self, call: BlockCall, tokens: int) -> Tensor:
         """Of the text rows at the first block, those that ``tokens`` given ones became."""
-        return self.text(call)[:, :tokens]
+        return self.text(call)[:, self.given(call, tokens)]
+
+    def given(self, call: BlockCall, tokens: int) -> slice:
+        """Which of the text rows ``tokens`` given ones became."""
+        return slice(0, tokens)
 
     def position(self, length: int, own: slice) -> int:
         """The row of a text that a concept takes the position of. Of its own prompt of ``length`` tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..geometry import Patch
 from .family import BlockCall
@@ -33,9 +33,9 @@ class HunyuanVideo(FluxBlocks):
     def picture(self, call: BlockCall, length: int) -> slice:
         return slice(length - call.picture, length)
 
-    def embedded(self, call: BlockCall, tokens: int) -> Tensor:
-        text = self.text(call)
-        return text[:, :tokens] if call.model.cond_type_embedding is None else text[:, -tokens:]
+    def given(self, call: BlockCall, tokens: int) -> slice:
+        count = self.text(call).shape[1]
+        return slice(0, tokens) if call.model.cond_type_embedding is None else slice(count - tokens, count)
 
 
 FAMILIES = (HunyuanVideo(),)

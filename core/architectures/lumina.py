@@ -27,6 +27,9 @@ class NextDiT(JointFamily):
         start = length - _filled(call.model, call.picture)
         return slice(start, start + call.picture)
 
+    def text_start(self, call: BlockCall, length: int) -> int:
+        return _start(call)
+
     def keys(self, call: BlockCall, length: int) -> slice:
         """With what fills the picture up: the model's own text attends to it."""
         return slice(length - _filled(call.model, call.picture), length)

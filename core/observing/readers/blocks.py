@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from ...geometry import Grid
 from .embedding import OTHERS, embedded
 from .reading import Complete, Guard, Look, ModelCall, RunningOrder, named, uncompiled
 from .stream import dot_products, normalized_over_concepts
+from .words import Words, masked
 
 try:
     from comfy import model_prefetch
@@ -40,7 +42,7 @@ class _Block(NamedTuple):
 class BlockReading:
     """A ``Reading`` in which all rows of a call carry the concepts; no argument of a block has to be cut."""
 
-    SPACES = ("output", "query-key", "value", "output, normalized concepts")
+    SPACES = ("output", "query-key", "value", "output, normalized concepts", "probability")
 
     def __init__(
         self,
@@ -58,6 +60,12 @@ class BlockReading:
         self._model, self._blocks = model, family.layers(model)
         context = call.arguments.get("context", call.arguments.get("c_crossattn"))
         self._text = context.shape[1]
+        self._words = Words(look.tokens)
+        self._begins = (
+            [self._words.begin(context[part], partial(family.embed, model)) for part in rows]
+            if "probability" in look.spaces
+            else []
+        )
         self._hidden, self._positions = self._embed(model, call)
         self._scores: dict[str, list[Tensor]] = {space: [] for space in look.spaces}
         self._block: _Block | None = None
@@ -136,6 +144,8 @@ class BlockReading:
             self._record(
                 concepts, seen, picture, out if out.ndim == 3 else rearrange(out, "b h l d -> b l (h d)")
             )
+            if "probability" in self._scores:
+                self._scores["probability"].append(self._probabilities(block, concepts, seen, picture))
         self._order.left()
 
     def _record(self, concepts: _Concepts, seen: _Attention, picture: slice, out: Tensor) -> None:
@@ -147,10 +157,26 @@ class BlockReading:
             elif space == "value":
                 values = rearrange(seen.v[:, :, picture], "b h n d -> b n (h d)")
                 scores.append(dot_products(rearrange(concepts.v, "b h k d -> b k (h d)"), values))
-            else:
+            elif space == "query-key":
                 keys = rearrange(seen.k[:, :, picture], "b h n d -> b n (h d)")
                 queries = rearrange(concepts.q, "b h k d -> b k (h d)")
                 scores.append(dot_products(queries, keys) * (seen.scale / seen.heads))
+
+    def _probabilities(self, block: _Block, concepts: _Concepts, seen: _Attention, picture: slice) -> Tensor:
+        """(B, K, N) float32; only of the rows that are asked for."""
+        text = self._family.text_start(block.call, seen.length)
+        text += self._family.given(block.call, self._text).start
+        found = concepts.k.new_zeros(len(seen.q), concepts.k.shape[2], self._picture, dtype=torch.float32)
+        for part, begin in zip(self._rows, self._begins, strict=True):
+            found[part] = self._words.joint_probabilities(
+                seen.q[part, :, picture],
+                seen.k[part],
+                concepts.k[part],
+                text + begin,
+                masked(seen.mask, part, picture),
+                seen.scale,
+            )
+        return found
 
     def _embed(self, model: nn.Module, call: ModelCall) -> tuple[Tensor, list[int]]:
         """The concepts (1, K, D) as the model's first block would be given them, and their positions."""
@@ -187,13 +213,16 @@ class _Attention(NamedTuple):
     heads: int
     scale: float
     heads_apart: bool
+    mask: Tensor | None
 
     @property
     def length(self) -> int:
         return self.k.shape[2]
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, heads: int, *args, **kwargs) -> _Attention:
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, *args, **kwargs
+    ) -> _Attention:
         def heads_first(x: Tensor) -> Tensor:
             if not kwargs.get("skip_reshape", False):
                 x = x if x.ndim == 4 else x.unflatten(-1, (-1, width))
@@ -204,7 +233,7 @@ class _Attention(NamedTuple):
         width = q.shape[-1] if q.ndim == 4 else q.shape[-1] // heads
         q, k, v = (heads_first(x) for x in (q, k, v))
         scale = kwargs.get("scale") or q.shape[-1] ** -0.5
-        return cls(q, k, v, heads, scale, kwargs.get("skip_output_reshape", False))
+        return cls(q, k, v, heads, scale, kwargs.get("skip_output_reshape", False), mask)
 
 
 class _Concepts:

@@ -19,12 +19,13 @@ from ...architectures import Family, flux1
 from ...geometry import Grid
 from .reading import Complete, Guard, Look, ModelCall
 from .stream import SPACES, ConceptStream
+from .words import Words, masked
 
 
 class PatchReading:
     """A ``Reading`` by a concept stream of its own for each part of the rows."""
 
-    SPACES = SPACES
+    SPACES = (*SPACES, "probability")
     STREAM: ClassVar[type[ConceptStream]] = ConceptStream
 
     def __init__(
@@ -42,6 +43,15 @@ class PatchReading:
         self._guard, self._stop = guard, stop
         timestep, guidance = call.arguments["timestep"], call.arguments.get("guidance")
         concepts = look.tokens.pooled().to(call.x.device)
+        self._look, self._words = look, Words(look.tokens)
+        self._probabilities: list[list[Tensor]] = [[] for _ in rows]
+        context = call.arguments["context"]
+        self._text = context.shape[1]
+        self._begins = (
+            [self._words.begin(context[part], partial(family.embed, model)) for part in rows]
+            if "probability" in look.spaces
+            else []
+        )
         self._streams = [
             (
                 part,
@@ -51,7 +61,7 @@ class PatchReading:
                     ),
                     concepts,
                     look.layers,
-                    look.spaces,
+                    tuple(space for space in look.spaces if space in SPACES),
                     look.attend_image,
                     look.attend_concepts,
                 ),
@@ -91,10 +101,11 @@ class PatchReading:
     def scores(self) -> list[dict[str, Tensor]]:
         if self.gap:
             return []
-        return [
-            {space: torch.stack(layers) for space, layers in stream.scores.items()}
-            for _, stream in self._streams
+        scores = [
+            {**stream.scores, "probability": probabilities}
+            for (_, stream), probabilities in zip(self._streams, self._probabilities, strict=True)
         ]
+        return [{space: torch.stack(part[space]) for space in self._look.spaces} for part in scores]
 
     @property
     def gap(self) -> str | None:
@@ -105,14 +116,32 @@ class PatchReading:
     def _before_attention(self, q, k, v, pe=None, attn_mask=None, extra_options=None):
         if extra_options.get("block_type") == "double" and not self._guard.broken:
             with self._guard:
-                patches = self._patches(extra_options)
+                patches, layer = self._patches(extra_options), extra_options["block_index"]
                 for part, stream in self._streams:
                     stream.attend(
-                        extra_options["block_index"],
+                        layer,
                         *(t[part, :, patches] for t in (q, k, v)),
                         rotate=lambda keys, part=part: _rotated(keys, pe, patches, part),
                     )
+                if self._begins and layer in self._look.layers:
+                    self._weigh(q, k, pe, attn_mask, patches)
         return {}
+
+    def _weigh(self, q: Tensor, k: Tensor, pe: Tensor | None, mask: Tensor | None, patches: slice) -> None:
+        """What the prompt's tokens, which are the last before the picture, and the concepts get of the
+        picture's attention."""
+        for (part, stream), begin, found in zip(
+            self._streams, self._begins, self._probabilities, strict=True
+        ):
+            found.append(
+                self._words.joint_probabilities(
+                    _rotated(q[part, :, patches], pe, patches, part),
+                    _rotated(k[part], pe, slice(None), part),
+                    stream.keys,
+                    patches.start - self._text + begin,
+                    masked(mask, part, patches),
+                )
+            )
 
     @torch.compiler.disable
     def _after_attention(self, out, extra_options):

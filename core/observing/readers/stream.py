@@ -52,7 +52,8 @@ class ConceptStream:
     last of them nothing more is computed, nor after a block that was not due.
 
     ``attend_image`` and ``attend_concepts`` choose the keys of the concepts' attention (the paper's
-    Table 3; both on is the method). With neither, a concept's output is its own value.
+    Table 3; both on is the method). With neither, a concept's output is its own value. ``keys`` (B, H, K, d)
+    are the concepts' own in the last block that was attended in.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class ConceptStream:
             return
         self._block = self._text.block(layer)
         q, k, v = self._block.qkv(self.hidden)
+        self.keys = k
         if layer in self._layers:
             self._record("cross-attention", q, image_q)
             self._record("value", v, image_v)

@@ -1,6 +1,6 @@
 """Calls of any model, read by what its picture's queries make of a concept's key.
 
-Where text and picture do not attend to each other (cross-attention), a concept has no queries and no output.
+Where the picture only reads the text (cross-attention), a concept has no queries and no output.
 But the picture attends to words, and a concept is one more word, which only the observer sees: its key is
 made by the model's own layers, and its probability is what a patch would give it of its attention beside the
 words of the prompt. A concept that is a word of the prompt has its own probability: DAAM (Tang et al., What
@@ -27,6 +27,8 @@ from .reading import Complete, Guard, Look, ModelCall, named, uncompiled
 
 # So many tokens of a picture at a time: for each the attention below is as large as the queries are.
 _TOKENS = 8192
+# By how much of its length a token of a text may differ and be the same: by what rounding may do.
+_ALIKE = 0.05
 
 
 class WordReading:
@@ -186,6 +188,53 @@ class Words:
             k, own, mask = own[:, :, :count], own[:, :, count:], None
         return probabilities(q, k, own, self._columns, mask)
 
+    def begin(self, context: Tensor, embed: Callable[[Tensor], Tensor]) -> int:
+        """The row of the texts that a model is given, (B, T, C), in which the prompt begins; any, if no
+        concept is a word of it.
+
+        Args:
+            embed: of the family, for a model that is given texts as they are before its first layer.
+
+        Raises:
+            RuntimeError: one of them is another text.
+        """
+        if not self._columns:
+            return 0
+        prompt = self._prompt.sequence.to(context)
+        if prompt.shape[-1] != context.shape[-1]:
+            prompt = embed(prompt[None])[0]
+        prompt = prompt.float()
+        lengths = prompt.norm(dim=-1)
+        lengths = lengths.clamp_min(1e-3 * float(lengths.max()))
+        last = context.shape[1] - len(prompt)
+        for start in sorted({0, last}) if last >= 0 else ():  # models fill texts up from either side
+            given = context[:, start : start + len(prompt)].float()
+            if bool(((given - prompt).norm(dim=-1) <= _ALIKE * lengths).all()):
+                return start
+        raise RuntimeError(
+            "the prompt in Concept Attention is not the sampler's: its tokens are not those that the model "
+            "is given. Connect the same text and the same CLIP to both, or leave the prompt in Concept "
+            "Attention empty"
+        )
+
+    def joint_probabilities(
+        self, q: Tensor, k: Tensor, own: Tensor, start: int, mask: Tensor | None, scale: float | None = None
+    ) -> Tensor:
+        """Of each token of picture (B, H, N, d) for each concept, (B, K, N) float32, the mean over heads,
+        where text and picture attend to each other.
+
+        Args:
+            k: all keys (B, H, L, d), which ``mask`` (1 or B, 1 or H, 1 or N, L) is of.
+            own: those of the concepts (B, H, K, d).
+            start: where in ``k`` the prompt begins.
+        """
+        columns, own = [start + row for row in self._columns], own[:, :, self._more]
+        parts = [
+            probabilities(part, k, own, columns, _of_queries(mask, i * _TOKENS, part), scale).mean(1)
+            for i, part in enumerate(q.split(_TOKENS, 2))
+        ]
+        return self.pooled(torch.cat(parts, 1).mT)
+
     def pooled(self, words: Tensor) -> Tensor:
         """Of the words (B, W, N), concepts (B, K, N): the mean of a concept's tokens, wherever the prompt has
         it."""
@@ -199,7 +248,12 @@ class Words:
 
 
 def probabilities(
-    q: Tensor, k: Tensor, own: Tensor, columns: Sequence[int], mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    own: Tensor,
+    columns: Sequence[int],
+    mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """How much of its attention each query (B, H, N, d) gives to single keys, (B, H, N, W) float32: to
     ``columns`` of the keys ``k`` (B, H, T, d), which are all that there is, then to each of ``own``
@@ -207,6 +261,7 @@ def probabilities(
 
     Args:
         mask: of ``k``, as an attention function takes it: (B or 1, T), or with axes for heads and queries.
+        scale: of the attention; 1 / sqrt(d) if None.
     """
     count, width = own.shape[2], q.shape[-1]
     keys = torch.cat([k, own], 2)
@@ -225,13 +280,25 @@ def probabilities(
             values[rows, column] = 1
         values = values.expand(*keys.shape[:2], -1, -1)
         parts = [
-            F.scaled_dot_product_attention(part, keys, values, attn_mask=_of_queries(mask, i * _TOKENS, part))
+            F.scaled_dot_product_attention(
+                part, keys, values, attn_mask=_of_queries(mask, i * _TOKENS, part), scale=scale
+            )
             for i, part in enumerate(q.split(_TOKENS, 2))
         ]
         found.append(torch.cat([part[..., : len(some)].float() for part in parts], 2))
     among, alone, rest = torch.cat(found, -1).split([len(columns), count, 1], -1)
     rest = rest.clamp_min(torch.finfo(torch.float32).tiny)
     return torch.cat([among / rest, alone / (alone + rest)], -1)
+
+
+def masked(mask: Tensor | None, part: slice, queries: slice) -> Tensor | None:
+    """What an attention function's mask, with axes for queries and keys, perhaps for rows and heads, is for
+    some rows and queries: (1 or B, 1 or H, 1 or N, L)."""
+    if mask is None:
+        return None
+    mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
+    mask = mask if len(mask) == 1 else mask[part]
+    return mask if mask.shape[2] == 1 else mask[:, :, queries]
 
 
 def _of_queries(mask: Tensor | None, start: int, queries: Tensor) -> Tensor | None:
