@@ -32,9 +32,10 @@ CPU = torch.device("cpu")
 
 
 def files(kind: str) -> list[Path]:
-    """The repository's files, and those of the folder ``GOLDEN_DIR``."""
-    folders = [Path(os.environ["GOLDEN_DIR"])] if os.environ.get("GOLDEN_DIR") else []
-    found = {p.name: p for folder in (FOLDER, *folders) for p in folder.glob(f"daam_{kind}*.safetensors")}
+    """The repository's files, and those of the folder ``GOLDEN_DIR`` and of ``baselines`` in it."""
+    own = [Path(os.environ["GOLDEN_DIR"])] if os.environ.get("GOLDEN_DIR") else []
+    folders = (FOLDER, *own, *(folder / "baselines" for folder in own))
+    found = {p.name: p for folder in folders for p in folder.glob(f"daam_{kind}*.safetensors")}
     return [path for name, path in sorted(found.items()) if "weights" not in name]
 
 
