@@ -311,18 +311,8 @@ def test_the_picture_stays_the_same_to_the_last_bit(model, row, cfg, batch, laye
 
 
 def frame_length(model) -> int:
-    """As ComfyUI says it: the latent format from 0.21 on, before that the VAE alone."""
-    before = {
-        "Cosmos 1": 8,
-        "Cosmos-Predict2": 4,
-        "HunyuanVideo": 4,
-        "Kandinsky 5": 4,
-        "LTX-2": 8,
-        "LTX-Video": 8,
-        "Mochi": 6,
-        "Wan 2.1, 2.2": 4,
-    }
-    return getattr(model.model.latent_format, "temporal_downscale_ratio", before.get(family(model).name, 1))
+    """As ComfyUI's latent format says it, from 0.21 on."""
+    return getattr(model.model.latent_format, "temporal_downscale_ratio", family(model).frame_length)
 
 
 def test_another_nodes_attention_is_called_as_often_as_without(model, row):

@@ -177,10 +177,6 @@ def test_maps_follow_their_names_into_another_order(model, row):
     assert relative(first[:, :, 0], first[:, :, 1]) > 1e-4, "names differ"
 
 
-# Models that call ComfyUI's attention without what other nodes put into ``transformer_options``.
-BY_THEMSELVES = {"PixArt Alpha, Sigma"}
-
-
 def test_another_nodes_attention_is_called_as_often_as_without(model, row):
     calls = []
     for observed in (model, watched(model, row)):
@@ -190,7 +186,7 @@ def test_another_nodes_attention_is_called_as_often_as_without(model, row):
         calls.append((sample(patched, row), beside.calls))
     assert same(calls[0][0], calls[1][0])
     assert calls[0][1] == calls[1][1]
-    assert bool(calls[0][1]) != (row.family in BY_THEMSELVES)
+    assert bool(calls[0][1]) == row.attention_options
 
 
 def test_no_hook_stays_behind(model, row):

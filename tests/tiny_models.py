@@ -43,6 +43,8 @@ class Row:
         values: what the conditioning has besides.
         further_keys: whether the model's own text attends to more than concepts do beside each other: to what
             the picture is to be made from, or to other text.
+        attention_options: whether the model gives its attention ``transformer_options``. Only then other
+            nodes can change it.
         prepare: what else a random model needs.
     """
 
@@ -58,6 +60,7 @@ class Row:
     text_start: int = 0
     values: dict = field(default_factory=dict)
     further_keys: bool = False
+    attention_options: bool = True
     prepare: Callable[[nn.Module], None] = lambda model: None
 
     def conditioning(self, seed: int, tokens: int | None = None) -> list:
@@ -872,13 +875,16 @@ WORDS = {
     "cosmos1": Row("Cosmos 1", "CosmosT2V", _COSMOS_1, 64, (16, 3, 6, 8)),
     "cosmos1_i2v": Row("Cosmos 1", "CosmosI2V", {**_COSMOS_1, "in_channels": 17}, 64, (16, 3, 6, 8)),
     "cosmos_predict2": Row("Cosmos-Predict2", "CosmosT2IPredict2", _COSMOS, 64, (16, 3, 5, 8)),
-    "pixart_alpha": Row("PixArt Alpha, Sigma", "PixArtAlpha", _PIXART, 64, (4, 32, 36)),
+    "pixart_alpha": Row(
+        "PixArt Alpha, Sigma", "PixArtAlpha", _PIXART, 64, (4, 32, 36), attention_options=False
+    ),
     "pixart_sigma": Row(
         "PixArt Alpha, Sigma",
         "PixArtSigma",
         {**_PIXART, "image_model": "pixart_sigma", "micro_condition": False},
         64,
         (4, 32, 36),
+        attention_options=False,
     ),
     "kandinsky5": Row(
         "Kandinsky 5", "Kandinsky5", _KANDINSKY, 64, (16, 3, 6, 8), values={"pooled_output": _random(32)}
