@@ -247,10 +247,10 @@ def test_scores_are_those_of_an_einsum_in_float64(model, row, read):
 
 def test_a_token_of_the_picture_is_the_one_of_its_patch(model, row, read):
     module = model.model.diffusion_model
-    grid = family(model).grid(module, _video(row.empty()))
+    grid = family(model).grid(module, video_of(row.empty()))
     place = Grid(grid.frames - 1, 1, 2)
     noises = row.noise(), row.noise()
-    video = _video(noises[1])
+    video = video_of(noises[1])
     video = video if video.ndim == 5 else video[:, :, None]
     spans = (slice(i * n, (i + 1) * n) for i, n in zip(place, family(model).patch(module), strict=True))
     video[(..., *spans)] += 3
@@ -268,7 +268,7 @@ def one_of(grid: Grid, place: Grid) -> Tensor:
     return found
 
 
-def _video(latent: Tensor | NestedTensor) -> Tensor:
+def video_of(latent: Tensor | NestedTensor) -> Tensor:
     return latent if isinstance(latent, Tensor) else latent.unbind()[0]
 
 

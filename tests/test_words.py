@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_families import Beside, frame_length, same
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from test_families import Beside, frame_length, same, video_of
 from tiny_encoders import CLIP, ENCODERS, clip_of
 from tiny_models import WORDS, Row, concepts_of, sample, tiny
 from torch import Tensor
 
 from concept_attention.core.architectures import family_of
 from concept_attention.core.concepts import ConceptTokens, Prompt
+from concept_attention.core.geometry import Grid
 from concept_attention.core.observing import observe as observe_module
 from concept_attention.core.observing.latents import recording_of
 from concept_attention.core.observing.observe import WhatToRecord, observe
@@ -105,9 +107,7 @@ def test_the_picture_stays_the_same_to_the_last_bit(model, row, cfg, batch):
     samples = sample(watched(model, row), row, cfg=cfg, batch=batch)
     assert same(samples, plain)
     recording = recording_of({"samples": samples})
-    grid = family(model).grid(
-        model.model.diffusion_model, row.empty() if row.sound is None else row.empty().unbind()[0]
-    )
+    grid = family(model).grid(model.model.diffusion_model, video_of(row.empty()))
     shape = (len(every_layer(model)), batch * grid.frames, 3, grid.rows, grid.columns)
     assert [s.shape for s in recording.scores["probability"]] == [shape] * 2
     frames = row.latent[1] if len(row.latent) == 4 else 1
@@ -142,6 +142,29 @@ def test_queries_and_keys_are_those_that_the_models_own_attention_is_given(model
             assert any(all(map(same, ours, given)) for given in attended), number
 
 
+def test_a_query_of_the_picture_is_that_of_its_patch(model, row, read):
+    """They change most with it, or behind a U-Net's convolutions with the next one."""
+    module = model.model.diffusion_model
+    whole = family(model).grid(module, video_of(row.empty()))
+    place = Grid(whole.frames - 1, 1, 2)
+    noises = row.noise(), row.noise()
+    video = video_of(noises[1])
+    video = video if video.ndim == 5 else video[:, :, None]
+    spans = (slice(i * n, (i + 1) * n) for i, n in zip(place, family(model).patch(module), strict=True))
+    video[(..., *spans)] += 3
+    queries = []
+    for noise in noises:
+        (call,) = read(model, row, noise=noise, steps=1)
+        _, q, _, _ = call.layers[0]
+        picture, grid = family(model).place(module, call._call, whole, q.shape[2])
+        queries.append(q[:, :, picture])
+    differences = (queries[1] - queries[0])[0].norm(dim=(0, 2)).unflatten(0, grid)
+    found = torch.unravel_index(differences.argmax(), differences.shape)
+    expected = [i * n // m for i, n, m in zip(place, grid, whole, strict=True)]
+    near = 1 if isinstance(module, UNetModel) else 0
+    assert all(abs(i - n) <= near for i, n in zip(found, expected, strict=True))
+
+
 def test_keys_of_the_prompts_words_are_the_models_own(model, row, read):
     for call in read(model, row, prompt_as_concepts(row), batch=row.batch, cfg=1.0):
         assert [number for number, *_ in call.layers] == list(every_layer(model))
@@ -160,7 +183,8 @@ def test_words_of_the_prompt_have_the_models_own_probabilities(model, row, read,
             continue  # the prompt as it is given with the concepts has no padding
         q, k = queries.double(), keys.double()
         expected = torch.einsum("bhnd,bhtd->bhnt", q, k).mul(q.shape[-1] ** -0.5).softmax(-1)
-        picture = slice(expected.shape[2] - ours.shape[2], None)
+        module = model.model.diffusion_model
+        picture, _ = family(model).place(module, call._call, call._grid, expected.shape[2])
         assert relative(ours, expected[:, :, picture, : ours.shape[-1]]) <= 1e-5
 
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from ..geometry import Grid
 from .family import WordsFamily
 
+# Speech to video and HuMo put their reference behind the video.
+_BEHIND = ("WanModel_S2V", "HumoWanModel")
+
 
 class Wan(WordsFamily):
     """Text or image to video, VACE, Animate, and what else shares the class. Of 2.2's two experts each is a
@@ -38,7 +41,7 @@ class Wan(WordsFamily):
     def place(self, model: nn.Module, call: dict[str, Any], grid: Grid, queries: int) -> tuple[slice, Grid]:
         """Some models put a reference before the video, of one frame (``ref_conv``) or of several."""
         start = 0
-        reference = call.get("reference_latent")
+        reference = None if type(model).__name__ in _BEHIND else call.get("reference_latent")
         if reference is not None and (reference.ndim == 5 or getattr(model, "ref_conv", None) is not None):
             patch = tuple(model.patch_size)[-(reference.ndim - 2) :]
             start = math.prod(n // p for n, p in zip(reference.shape[2:], patch, strict=True))
