@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import nodes
 from concept_attention.core.architectures import family_of
+from concept_attention.core.observing import image as looks
 from concept_attention.core.observing.image import (
     encode_images,
     frames_in_one,
@@ -690,6 +691,15 @@ def test_a_look_at_a_video_has_all_its_frames(model, row):
     assert found.frames == 3
     assert [s.shape[1] for s in scores_of(found)] == [6, 6]
     assert found.batch == 2
+
+
+def test_looks_at_a_video_that_take_more_than_a_run_may_say_so(monkeypatch, caplog):
+    row, model = ROWS["cogvideox"], tiny("cogvideox")
+    look(model, row, row.noise(seed=9))
+    assert "MB" not in caplog.text
+    monkeypatch.setattr(looks, "BUDGET", 1)
+    assert look(model, row, row.noise(seed=9), samples=2).nbytes > 1
+    assert 'and so does the average "before softmax"' in caplog.text
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "krea2"])

@@ -27,7 +27,7 @@ from ..architectures import family_of
 from ..images import rgb_images
 from .latents import recorded
 from .observe import WhatToRecord, observe
-from .recording import AVERAGES, Recording, RecordingError
+from .recording import AVERAGES, BUDGET, Recording, RecordingError
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -117,6 +117,12 @@ def observe_image(
     recording = _folded(parts, levels, noise.shape[:2], average, image_size, coverage)
     if frames is not None:
         recording = replace(recording, durations=_shortened(recording.durations, frames))
+    if recording.nbytes > BUDGET:
+        logging.warning(
+            "Concept Attention: this recording takes %d MB, all that was asked for. Fewer noise levels, "
+            'samples, layers or spaces make it smaller, and so does the average "before softmax".',
+            recording.nbytes // 2**20,
+        )
     if len(recording.broken) == recording.batch:
         raise RecordingError(recording.failed)
     return recording
