@@ -6,7 +6,19 @@ _UNSEEN = "no other node can see its attention"
 _ONE_WAY = "its text never reads the picture, so that a concept could not either"
 
 UNREADABLE = {
+    "cascade.stage_b.StageB": (
+        "stage B of Stable Cascade",
+        "it is given the prompt as a whole, and no words",
+    ),
+    "cascade.stage_c.StageC": (
+        "Stable Cascade",
+        "its picture attends to words and to itself at once, and words have no part in it of their own",
+    ),
     "ernie.model.ErnieImageModel": ("Ernie-Image", _UNSEEN),
     "hidream_o1.model.HiDreamO1Transformer": ("HiDream-O1", _ONE_WAY),
-    "hydit.models.HunYuanDiT": ("HunyuanDiT", _UNSEEN),
+    "hydit.models.HunYuanDiT": (
+        "HunyuanDiT",
+        "its picture reads the words of two text encoders at once, and no other node can see its queries",
+    ),
+    "seedvr.model.NaDiT": ("SeedVR2", "its text is always the same, and no prompt of yours"),
 }
