@@ -317,6 +317,19 @@ def test_keys_go_through_time_wherever_the_viewer_has_focus(video, focused):
     video.wait_for(0)
 
 
+def test_sliders_and_buttons_keep_their_own_keys(video):
+    opacity = video.panel.get_by_role("slider", name="Opacity")
+    before = float(opacity.input_value())
+    opacity.press("ArrowRight")
+    assert float(opacity.input_value()) > before
+    video.panel.locator(".chip").nth(1).press("Space")
+    assert video.panel.locator(".chip").nth(1).get_attribute("aria-pressed") == "true"
+    assert not video.is_playing()
+    assert video.label() == f"1 / {FRAMES}"
+    video.button("Play").press("Space")
+    assert video.is_playing()
+
+
 def test_keys_are_the_graph_s_where_the_viewer_has_no_focus(video):
     video.page.evaluate("() => document.activeElement.blur()")
     for key in ("End", "ArrowRight", "Space"):
