@@ -57,6 +57,7 @@ class LTX2(LTXVideo):
     loader = "LTXAVTextEncoderLoader: Gemma 3, with the checkpoint's projection"
     causal = True
     sound = True
+    batched = False  # the connectors of ComfyUI 0.18 take one text at a time
     timestep = "v_prompt_timestep"
 
     def token_width(self, model: nn.Module) -> int:
