@@ -14,9 +14,9 @@ from functools import cache
 from torch import nn
 
 from .family import Family, JointFamily
-from .unreadable import UNREADABLE
+from .unreadable import UNREADABLE, WITHOUT_TEXT
 
-__all__ = ["Family", "JointFamily", "families", "family_of"]
+__all__ = ["Family", "JointFamily", "check_text", "families", "family_of"]
 
 
 @cache
@@ -43,3 +43,15 @@ def family_of(model: nn.Module) -> Family:
         name, reason = UNREADABLE[path.removeprefix("comfy.ldm.")]
         raise ValueError(f"Concept Attention cannot read {name}: {reason}. {supported}")
     raise ValueError(f"Concept Attention does not support this model ({path}). {supported}")
+
+
+def check_text(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: the model (``ModelPatcher.model``) reads a picture in place of a text.
+    """
+    if (kind := type(model).__name__) in WITHOUT_TEXT:
+        raise ValueError(
+            f"Concept Attention cannot read {WITHOUT_TEXT[kind]}: it is told by a picture what to show, and "
+            "knows no words."
+        )

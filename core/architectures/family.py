@@ -217,6 +217,10 @@ class WordsFamily(Family):
         """The text (B, T, D) among a layer's arguments."""
         return arguments["context"]
 
+    def own_length(self, context: Tensor) -> int:
+        """How many tokens of a text (B, T, C) that a call of the model was given are the prompt's own."""
+        return context.shape[1]
+
     def by_heads(self, module: nn.Module, made: Tensor, rows: int) -> Tensor:
         """Queries or keys (B, H, L, d) of B ``rows``, of what the module that makes them gives: as most do,
         (B, L, H * d) or (B, L, H, d)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..geometry import Grid, Patch
@@ -53,6 +54,17 @@ class StableDiffusion(WordsFamily):
 
     def embed(self, model: nn.Module, context: Tensor) -> Tensor:
         return context
+
+    def own_length(self, context: Tensor) -> int:
+        """ComfyUI repeats a text, up to four times, where a longer one is in the same call. That changes
+        nothing but how many words there are beside a further one."""
+        length = context.shape[1]
+        for times in (4, 3, 2):
+            if length % times == 0:
+                first, *more = context.chunk(times, 1)
+                if all(torch.equal(part, first) for part in more):
+                    return length // times
+        return length
 
     def place(self, model: nn.Module, call: dict[str, Any], grid: Grid, queries: int) -> tuple[slice, Grid]:
         """Of all grids with so many tokens, the one whose shape is most like the picture's: nodes that shrink

@@ -22,3 +22,6 @@ UNREADABLE = {
     ),
     "seedvr.model.NaDiT": ("SeedVR2", "its text is always the same, and no prompt of yours"),
 }
+
+# Of ``comfy.model_base``: their diffusion models are those of readable ones.
+WITHOUT_TEXT = {"Stable_Zero123": "Stable Zero123"}

@@ -19,7 +19,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ..architectures import Family, family_of
+from ..architectures import Family, check_text, family_of
 from ..concepts import Concepts, ConceptTokens
 from ..geometry import Grid
 from .conditioning import Chunk, Conditionings
@@ -90,6 +90,7 @@ def observe(
     """
     diffusion_model = model.get_model_object("diffusion_model")
     family = family_of(diffusion_model)
+    check_text(model.model)
     depth = len(family.layers(diffusion_model))
     wanted = family.main_layers(diffusion_model) if what.layers is None else what.layers
     layers = tuple(sorted(set(wanted)))

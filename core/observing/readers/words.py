@@ -64,6 +64,9 @@ class WordReading:
         self._text = self._words.text(
             embedded(family, model, call, self._words.sequences, self._layers[0], self._given, look.known)
         )
+        context = self._call.get("context", self._call.get("c_crossattn"))
+        self._length = context.shape[1]
+        self._own_lengths = [family.own_length(context[part]) for part in rows]
         self._scores: dict[int, list[Tensor]] = {}
 
     def _given(self, arguments: dict, model: nn.Module, tokens: int) -> Tensor:
@@ -121,11 +124,12 @@ class WordReading:
                 "tokens does not fit into"
             )
         found = []
-        for part in self._rows:
+        for part, length in zip(self._rows, self._own_lengths, strict=True):
             mask = family.mask(seen.arguments)
+            given = k[part] if k.shape[2] != self._length else k[part, :, :length]
             probabilities = self._words.probabilities(
                 q[part, :, picture],
-                k[part],
+                given,
                 own if len(own) == 1 else own[part],
                 mask if mask is None or len(mask) == 1 else mask[part],
             )
