@@ -96,8 +96,7 @@ class PromptAsConcepts(Reading):
     def _embed(self, model, call):
         return None, []
 
-    def scores(self) -> list:
-        return []
+    gap = "nothing is scored"
 
     def _attended(self, block, seen, out) -> None:
         rows = self._family.text(block.call)
