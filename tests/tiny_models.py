@@ -107,6 +107,18 @@ def _tensors(*shapes: tuple[int, ...]) -> Callable[[torch.Generator], list[Tenso
     return lambda g: [torch.randn(shape, generator=g) for shape in shapes]
 
 
+_PIXELDIT = {
+    "num_groups": 2,
+    "hidden_size": 128,
+    "pixel_hidden_size": 16,
+    "pixel_attn_hidden_size": 64,
+    "pixel_num_groups": 2,
+    "patch_depth": 3,
+    "pixel_depth": 1,
+    "patch_size": 4,
+    "txt_embed_dim": 64,
+    "txt_max_length": 16,
+}
 _FLUX = {
     "image_model": "flux",
     "in_channels": 16,
@@ -547,23 +559,21 @@ ROWS = {
         64,
         (16, 1, 7, 10),
     ),
-    "pixeldit": Row(
+    "pixeldit": Row("PixelDiT", "PixelDiTT2I", _PIXELDIT, 64, (3, 14, 21)),
+    "pid": Row(
         "PixelDiT",
-        "PixelDiTT2I",
+        "PiD",
         {
-            "num_groups": 2,
-            "hidden_size": 128,
-            "pixel_hidden_size": 16,
-            "pixel_attn_hidden_size": 64,
-            "pixel_num_groups": 2,
-            "patch_depth": 3,
-            "pixel_depth": 1,
-            "patch_size": 4,
-            "txt_embed_dim": 64,
-            "txt_max_length": 16,
+            **_PIXELDIT,
+            "image_model": "pid",
+            "lq_hidden_dim": 32,
+            "lq_num_res_blocks": 1,
+            "sr_scale": 4,
+            "latent_spatial_down_factor": 1,
         },
         64,
         (3, 14, 21),
+        values={"lq_latent": _random(16, 4, 6), "degrade_sigma": torch.tensor([0.1])},
     ),
     "ideogram4": Row(
         "Ideogram 4",
