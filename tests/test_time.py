@@ -413,7 +413,7 @@ def test_a_figure_of_a_video_is_a_strip_of_frames_with_their_numbers():
     figure = frames_figure(maps, 0, frames, columns=5)
     *panels, bar = figure.axes
     assert len(panels) == 3 * 5
-    assert [axes.get_title() for axes in panels[:5]] == [f"frame {n}" for n in (0, 8, 16, 24, 32)]
+    assert [axes.get_title() for axes in panels[:5]] == [f"frame {n}" for n in (1, 9, 17, 25, 33)]
     assert [axes.get_ylabel() for axes in panels[::5]] == ["", *NAMES]
     assert len({axes.images[0].get_clim() for axes in panels[5:]}) == 1
     assert (panels[3].images[0].get_array() == frames[24].numpy()).all()
@@ -430,7 +430,7 @@ def test_figures_of_layers_are_of_the_frames_that_are_asked_for():
     panel = figures[1].axes[3].images[0].get_array()
     assert panel.max() == pytest.approx(float(expected.max()), abs=0.05)
     assert [figure.texts[0].get_text() for figure in figures] == [
-        f"square, frame {number}" for number in (0, 16, 32)
+        f"square, frame {number}" for number in (1, 17, 33)
     ]
 
 

@@ -182,7 +182,8 @@ def frames_figure(
 
 
 def _frame(maps: ConceptMaps, number: int) -> str:
-    return f"{'frame' if maps.recording.timed else 'layer'} {number}"
+    """As the viewer counts them, from 1."""
+    return f"{'frame' if maps.recording.timed else 'layer'} {number + 1}"
 
 
 def _spaced(count: int, most: int) -> list[int]:
