@@ -12,9 +12,12 @@ import comfy.sd1_clip
 import comfy.supported_models_base
 import pytest
 import torch
+from comfy.ldm.anima.model import Anima
+from comfy.ldm.cosmos.predict2 import MiniTrainDIT
 from comfy.model_patcher import ModelPatcher
 
 import nodes
+from concept_attention.core.architectures import family_of
 from concept_attention.core.architectures.unreadable import UNREADABLE
 from concept_attention.nodes.concept_attention import ConceptAttention
 from concept_attention.nodes.concept_mask import ConceptMask
@@ -179,6 +182,13 @@ def test_a_model_that_cannot_be_read_is_named_with_what_stands_in_the_way(clip, 
         attend(patcher(model), clip)
     says(error, UNREADABLE[path][1], "Supported: ")
     assert isinstance(getattr(importlib.import_module(f"comfy.ldm.{module}"), name), type)
+
+
+def test_a_model_is_not_taken_for_the_one_that_it_was_made_from():
+    """Anima's class is Cosmos-Predict2's, and its text another."""
+    assert issubclass(Anima, MiniTrainDIT)
+    with pytest.raises(ValueError, match="cannot read Anima"):
+        family_of(Anima.__new__(Anima))
 
 
 @pytest.mark.parametrize("concepts", ["", "  ", ",\n ,\r\n"])

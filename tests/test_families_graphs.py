@@ -22,7 +22,6 @@ import comfy_extras.nodes_video_model as video_nodes
 import node_helpers
 import pytest
 import torch
-from comfy.ldm.anima.model import Anima
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from test_families import same
@@ -747,8 +746,6 @@ def test_which_models_take_a_batch_for_a_video():
         assert frames_in_one(tiny(name)) == length, name
     for name in ("qwen_image", "qwen_image_layered", "krea2", "flux2"):
         assert frames_in_one(tiny(name)) is None, name
-    anima = Anima.__new__(Anima)  # Cosmos-Predict2, but for pictures
-    assert not family_of(anima).films(anima)
 
 
 def test_a_video_that_exists_has_maps_for_each_of_its_frames():

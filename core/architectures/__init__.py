@@ -33,16 +33,19 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ValueError: no family has it.
     """
+    kind = type(model)
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    if (known := path.removeprefix("comfy.ldm.")) in UNREADABLE:  # though it may be made from a readable one
+        name, reason = UNREADABLE[known]
+        raise ValueError(f"Concept Attention cannot read {name}: {reason}. {_supported()}")
     for family in families():
         if family.matches(model):
             return family
-    supported = f"Supported: {', '.join(family.name for family in families())}."
-    kind = type(model)
-    path = f"{kind.__module__}.{kind.__qualname__}"
-    if path.removeprefix("comfy.ldm.") in UNREADABLE:
-        name, reason = UNREADABLE[path.removeprefix("comfy.ldm.")]
-        raise ValueError(f"Concept Attention cannot read {name}: {reason}. {supported}")
-    raise ValueError(f"Concept Attention does not support this model ({path}). {supported}")
+    raise ValueError(f"Concept Attention does not support this model ({path}). {_supported()}")
+
+
+def _supported() -> str:
+    return f"Supported: {', '.join(family.name for family in families())}."
 
 
 def check_text(model: nn.Module) -> None:

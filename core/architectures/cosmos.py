@@ -1,4 +1,4 @@
-"""Cosmos 1, Cosmos-Predict2 and Anima: pictures and video. Text by cross-attention."""
+"""Cosmos 1 and Cosmos-Predict2: pictures and video. Text by cross-attention."""
 
 from __future__ import annotations
 
@@ -31,10 +31,6 @@ class CosmosPredict2(WordsFamily):
 
     def patch(self, model: nn.Module) -> Patch:
         return Patch(model.patch_temporal, model.patch_spatial, model.patch_spatial)
-
-    def films(self, model: nn.Module) -> bool:
-        """Anima paints pictures."""
-        return type(model).__module__ != "comfy.ldm.anima.model"
 
     def embed(self, model: nn.Module, context: Tensor) -> Tensor:
         return context

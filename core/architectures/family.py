@@ -86,10 +86,6 @@ class Family:
         durations = [1 if self.layered or frame == 0 else self.frame_length for frame in range(frames)]
         return tuple(sum(durations[start : start + patch]) for start in range(0, frames, patch))
 
-    def films(self, model: nn.Module) -> bool:
-        """Whether images in a batch are frames of one video to the model."""
-        return self.frame_length > 1
-
     def embed(self, model: nn.Module, context: Tensor) -> Tensor | None:
         """What a text (R, T, C) becomes before the first layer, if the model has a function for that. None:
         the forward pass shows it, left at the first layer."""

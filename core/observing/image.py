@@ -170,10 +170,9 @@ def encode_images(vae: VAE, images: Tensor, unit: int, frame_length: int | None 
 def frames_in_one(model: ModelPatcher) -> int | None:
     """How many frames of a video share a frame of the latent, beyond the first; None if images are looked at
     one by one, since the model makes no videos."""
-    diffusion_model = model.get_model_object("diffusion_model")
-    family = family_of(diffusion_model)
-    films = model.get_model_object("latent_format").latent_dimensions == 3 and family.films(diffusion_model)
-    return family.frame_length if films else None
+    length = family_of(model.get_model_object("diffusion_model")).frame_length
+    films = length > 1 and model.get_model_object("latent_format").latent_dimensions == 3
+    return length if films else None
 
 
 def patch_pixels(model: ModelPatcher) -> int:
