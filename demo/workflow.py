@@ -249,6 +249,7 @@ def _widgets(
     """Name, place and value of each widget that is an input of the node, from its values by place."""
     for name, (type_, *rest) in {**inputs.get("required", {}), **inputs.get("optional", {})}.items():
         options = rest[0] if rest else {}
+        type_ = options.get("widgetType", type_)  # of an input of several types
         if not (isinstance(type_, list) or type_ in WIDGETS) or options.get("forceInput"):
             continue
         try:

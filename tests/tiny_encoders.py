@@ -438,7 +438,8 @@ ENCODERS = {
 }
 
 
-def _found(path: str):
+def found(path: str):
+    """A class or function by its path below ``comfy.text_encoders``."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(f".{module}", "comfy.text_encoders"), name)
 
@@ -467,9 +468,9 @@ def blind() -> Iterator[None]:
 
 
 def clip_of(row: EncoderRow) -> comfy.sd.CLIP:
-    model = _found(row.model) if isinstance(row.model, str) else row.model
+    model = found(row.model) if isinstance(row.model, str) else row.model
     target = comfy.supported_models_base.ClipTarget(
-        _found(row.tokenizer), model if row.arguments is None else model(**row.arguments)
+        found(row.tokenizer), model if row.arguments is None else model(**row.arguments)
     )
     options = {"dtype": torch.float32, **row.options}
     with blind():
@@ -487,4 +488,4 @@ def harmony():
     """Lens's tokenizer. Its encoder, a mixture of experts, is not to be had without weights."""
     words = ("<|start|>", "<|message|>", "<|end|>", "<|channel|>")
     data = torch.frombuffer(bytearray(_bytes(*words).to_str().encode()), dtype=torch.uint8)
-    return _found("gpt_oss.LensTokenizer")(tokenizer_data={"tokenizer_json": data})
+    return found("gpt_oss.LensTokenizer")(tokenizer_data={"tokenizer_json": data})

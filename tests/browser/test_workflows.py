@@ -239,30 +239,30 @@ def test_nodes_in_subgraphs_have_room(server, page, path):
 def test_what_is_typed_into_paint_reaches_the_nodes_in_it(page, name):
     path = comfyui_setup.ROOT / "example_workflows" / f"{name}.json"
     page.load(json.loads(path.read_text("utf-8")))
-    values = {"text": "a red ball", "width": 768, "height": 512, "seed": 7, "noise_seed": 7, "steps": 3}
-    page.page.evaluate(
+    text = "a red ball"
+    values = {"width": 768, "height": 512, "length": 41, "seed": 7, "noise_seed": 7, "steps": 3}
+    paint, typed = page.page.evaluate(
         """(values) => {
             const paint = app.graph.nodes.find((node) => node.subgraph?.name === "Paint");
-            for (const widget of paint.widgets) {
-                if (widget.name in values) widget.value = values[widget.name];
-            }
+            const widgets = paint.widgets.filter((widget) => widget.name in values);
+            for (const widget of widgets) widget.value = values[widget.name];
+            return [String(paint.id), widgets.map((widget) => widget.name)];
         }""",
-        values,
+        {**values, "text": text, "prompt": text},
     )
     queued = page.queued()
-    kinds = {node["class_type"]: node["inputs"] for node in queued.values()}
-    assert workflow.inputs(queued, "Prompt")["text"] == "a red ball"
-    if "KSampler" in kinds:
-        size, sampler = kinds["EmptySD3LatentImage"], kinds["KSampler"]
-        assert (size["width"], size["height"], sampler["seed"], sampler["steps"]) == (768, 512, 7, 3)
-    else:
-        sizes = [workflow.inputs(queued, title)["value"] for title in ("Width", "Height")]
-        assert (*sizes, kinds["RandomNoise"]["noise_seed"], kinds["Flux2Scheduler"]["steps"]) == (
-            768,
-            512,
-            7,
-            3,
-        )
+    reached = {}
+    for number, node in queued.items():
+        if number.startswith(f"{paint}:"):
+            inputs, title = node["inputs"], node["_meta"]["title"]
+            reached.update({k: v for k, v in inputs.items() if k in values and not isinstance(v, list)})
+            if node["class_type"] == "PrimitiveInt":
+                reached[title.lower()] = inputs["value"]
+    assert reached == {name: values[name] for name in typed if name in values}
+    assert {"width", "height"} <= set(reached)
+    prompt = workflow.find(queued, "Prompt")
+    if prompt.startswith(f"{paint}:"):
+        assert text in queued[prompt]["inputs"].values()
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
