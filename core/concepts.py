@@ -162,7 +162,7 @@ def encode_concepts(
         raise ValueError(f'Unknown token pooling "{pooling}". Choose one of: {", ".join(POOLINGS)}.')
     if pooling == "automatic":
         pooling = "last token" if family.causal else "mean of tokens"
-    tokenizer = _literal(clip)
+    tokenizer = literal_tokenizer(clip)
     options = {"tokenizer_options": clip.tokenizer_options} if clip.tokenizer_options else {}
 
     def tokenize(text: str) -> dict[str, list]:
@@ -195,16 +195,11 @@ def encode_concepts(
             front = _own(ids[0], ids[1:]).start - _parting(*encoded)
         if not 0 <= front <= max(0, len(_ids(given[encoder])) - len(encoded[0])):
             raise _not_the_models(family, f"no weights for the text encoder {encoder}")
-    special = _special_words(tokenizer, encoder)
+    special = special_words(tokenizer, encoder)
     sequences, spans, lengths, own_ids = [], [], [], []
     for name in names:
-        if any("\ud800" <= c <= "\udfff" for c in name):
-            raise ValueError(
-                f"The concept {name!a} has half a character in it, as of an emoji. Write it anew."
-            )
-        if command := next((word for word in special if word in name), None):
-            raise _more_than_words(name, command)
-        tokens = tokenize(re.sub(r"\\([()])", r"\\\\\1", name) if escapes else name)
+        expect_words(name, special)
+        tokens = tokenize(escaped(name) if escapes else name)
         whole = _ids(tokens[encoder])
         own = _unpadded(whole, padding)
         span = _own(own, ids)
@@ -244,6 +239,17 @@ def _not_the_models(family: Family, what: str) -> ValueError:
     )
 
 
+def expect_words(name: str, special: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: the name has half a character in it, or one of the ``special_words`` of its tokenizer.
+    """
+    if any("\ud800" <= c <= "\udfff" for c in name):
+        raise ValueError(f"The concept {name!a} has half a character in it, as of an emoji. Write it anew.")
+    if command := next((word for word in special if word in name), None):
+        raise _more_than_words(name, command)
+
+
 def _more_than_words(name: str, command: str) -> ValueError:
     return ValueError(
         f'The concept "{name}" is more than words to the text encoder: "{command}" is a command of its own. '
@@ -251,7 +257,7 @@ def _more_than_words(name: str, command: str) -> ValueError:
     )
 
 
-def _literal(clip: CLIP):
+def literal_tokenizer(clip: CLIP):
     """The CLIP's tokenizer, to which weights and embeddings in a text mean nothing."""
     tokenizer = copy.copy(clip.tokenizer)
     for name, part in vars(clip.tokenizer).items():
@@ -260,6 +266,11 @@ def _literal(clip: CLIP):
             part.embedding_directory, part.disable_weights = None, True
             setattr(tokenizer, name, part)
     return tokenizer
+
+
+def escaped(name: str) -> str:
+    """The name for a tokenizer that takes a backslash before a parenthesis for an escape."""
+    return re.sub(r"\\([()])", r"\\\\\1", name)
 
 
 def _ids(sections: list[list[tuple]]) -> list[int]:
@@ -320,7 +331,7 @@ def _unknown(tokenizer, encoder: str, ids: list[int]) -> bool:
     return all(piece in (unknown, "▁") for piece in pieces.convert_ids_to_tokens(ids))
 
 
-def _special_words(tokenizer, encoder: str) -> list[str]:
+def special_words(tokenizer, encoder: str) -> list[str]:
     """What is one token to the encoder that no other text gives, such as the beginning of a message."""
     pieces = _pieces(tokenizer, encoder)
     if getattr(pieces, "special_tokens", None):  # SentencePiece's, as ComfyUI wraps it

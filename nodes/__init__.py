@@ -11,6 +11,7 @@ from .concept_files import ConceptMapsLoad, ConceptMapsSave
 from .concept_mask import ConceptMask
 from .concept_overlay import ConceptOverlay
 from .concept_saliency import ConceptSaliency
+from .concept_saliency_clip_vision import ConceptSaliencyClipVision
 from .concept_segmentation import ConceptSegmentation
 from .concept_viewer import ConceptViewer
 
@@ -26,6 +27,7 @@ class ConceptAttentionExtension(ComfyExtension):
             ConceptAttention,
             ConceptAttentionImage,
             ConceptSaliency,
+            ConceptSaliencyClipVision,
             ConceptMask,
             ConceptSegmentation,
             ConceptOverlay,

@@ -113,23 +113,7 @@ class ConceptSaliency(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[
-                ConceptMapsType.Output(display_name="maps"),
-                io.Mask.Output(
-                    display_name="masks",
-                    tooltip=(
-                        "Soft masks: for each image or frame of a video, one per concept in the order of the "
-                        "list."
-                    ),
-                ),
-                io.Image.Output(
-                    display_name="heatmaps",
-                    tooltip=(
-                        "For each image or frame, one per concept, all of an image or video on one scale "
-                        "from 0 to the highest value."
-                    ),
-                ),
-            ],
+            outputs=saliency_outputs(),
         )
 
     @classmethod
@@ -161,19 +145,49 @@ class ConceptSaliency(io.ComfyNode):
             average=average,
             between_frames=between_frames,
         )
-        concepts = maps.concepts.names
-        shown = maps.shown()[:, :, : len(concepts)]
-        values, frames = shown.flatten(0, 1), shown.shape[1]
-        masks = upscale(values, maps.image_size, maps.coverage)
-        size = heatmap_size(maps)
-        if size != maps.image_size:
-            logging.info(
-                "Concept Saliency: heatmaps of %d x %d pixels, as %d of the video's %d x %d would fill the "
-                "memory. Concept Overlay makes those of single concepts at any size.",
-                *size[::-1],
-                len(values) * len(concepts),
-                *maps.image_size[::-1],
-            )
-        smaller = masks if size == maps.image_size else upscale(values, size, maps.coverage)
-        heatmaps = heatmap_images(smaller, concepts if names else (), frames)
-        return io.NodeOutput(maps, masks.flatten(0, 1), heatmaps.flatten(0, 1))
+        return saliency(maps, names, "Concept Saliency")
+
+
+def saliency(maps: ConceptMaps, names: bool, node: str) -> io.NodeOutput:
+    """What both saliency nodes give: maps, masks and heatmaps.
+
+    Args:
+        names: whether heatmaps have the concepts' names in them.
+        node: its name.
+    """
+    concepts = maps.concepts.names
+    shown = maps.shown()[:, :, : len(concepts)]
+    values, frames = shown.flatten(0, 1), shown.shape[1]
+    masks = upscale(values, maps.image_size, maps.coverage)
+    size = heatmap_size(maps)
+    if size != maps.image_size:
+        logging.info(
+            "%s: heatmaps of %d x %d pixels, as %d of the video's %d x %d would fill the memory. Concept "
+            "Overlay makes those of single concepts at any size.",
+            node,
+            *size[::-1],
+            len(values) * len(concepts),
+            *maps.image_size[::-1],
+        )
+    smaller = masks if size == maps.image_size else upscale(values, size, maps.coverage)
+    heatmaps = heatmap_images(smaller, concepts if names else (), frames)
+    return io.NodeOutput(maps, masks.flatten(0, 1), heatmaps.flatten(0, 1))
+
+
+def saliency_outputs() -> list[io.Output]:
+    return [
+        ConceptMapsType.Output(display_name="maps"),
+        io.Mask.Output(
+            display_name="masks",
+            tooltip=(
+                "Soft masks: for each image or frame of a video, one per concept in the order of the list."
+            ),
+        ),
+        io.Image.Output(
+            display_name="heatmaps",
+            tooltip=(
+                "For each image or frame, one per concept, all of an image or video on one scale from 0 to "
+                "the highest value."
+            ),
+        ),
+    ]

@@ -75,3 +75,10 @@ def golden_files(prefix: str | None = None) -> list[Path]:
 def relative(ours: Tensor, expected: Tensor) -> float:
     assert ours.shape == expected.shape
     return float((ours.double() - expected.double()).norm() / expected.double().norm())
+
+
+def off(ours: Tensor, expected: Tensor) -> float:
+    """By how much of the largest value ours differ at most."""
+    assert ours.numel() == expected.numel(), (ours.shape, expected.shape)
+    difference = ours.detach().double().flatten() - expected.double().flatten()
+    return float(difference.abs().max() / expected.double().abs().max())

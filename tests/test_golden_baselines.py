@@ -18,7 +18,7 @@ from concept_attention.core.explaining import checkpoints, methods
 from concept_attention.core.explaining.checkpoints import Weights
 from concept_attention.core.explaining.relevance import Relevance
 from concept_attention.core.explaining.vit import Linear
-from golden_files import FOLDER, Golden
+from golden_files import FOLDER, Golden, off
 
 TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -41,13 +41,6 @@ def files(prefix: str) -> list[Path]:
 
 def of(prefix: str) -> Callable:
     return pytest.mark.parametrize("path", files(prefix), ids=lambda path: path.stem)
-
-
-def off(ours: Tensor, expected: Tensor) -> float:
-    """By how much of the largest value ours differ at most."""
-    assert ours.numel() == expected.numel(), (ours.shape, expected.shape)
-    difference = ours.detach().double().flatten() - expected.double().flatten()
-    return float(difference.abs().max() / expected.double().abs().max())
 
 
 def weights(golden: Golden, dtype: torch.dtype, prefix: str = "") -> Weights:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..concepts import LIMIT, Concepts, split_names
+from ..explaining.clip import METHODS
 from ..observing.readers import SPACES
 from ..observing.recording import AVERAGES, Recording
 from .maps import BETWEEN_FRAMES, GROUNDINGS, ConceptMaps
@@ -109,7 +110,8 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
     _expect(concepts.all, names and different, "concepts", "names that differ, without commas")
     _expect(len(concepts.all), len(concepts.all) <= LIMIT, "the number of concepts", f"{LIMIT} at most")
     spaces = _texts(recorded["spaces"], "spaces")
-    _expect(spaces, spaces and set(spaces) <= set(SPACES), "spaces", f"out of {'; '.join(SPACES)}")
+    known = (*SPACES, *METHODS)
+    _expect(spaces, spaces and set(spaces) <= set(known), "spaces", f"out of {'; '.join(known)}")
     layers = _numbers(recorded["layers"], "layers", int)
     _expect(layers, layers == tuple(sorted(set(layers))), "layers", "in order, each once")
     sigmas = _numbers(recorded["sigmas"], "sigmas", (int, float))
@@ -139,7 +141,8 @@ def _read(file: safe_open, description: Any) -> ConceptMaps:
     durations = _numbers(recorded.get("durations", [1]), "durations", int)
     fits = durations and all(durations) and batch % len(durations) == 0 and sum(durations) <= LONGEST
     _expect(durations, fits, "durations", f"a part of {batch} maps, and of {LONGEST} frames at most")
-    coverage, image_size = _geometry(description["coverage"], description["image_size"], grid)
+    squeezed = set(spaces) <= set(METHODS)
+    coverage, image_size = _geometry(description["coverage"], description["image_size"], grid, squeezed)
 
     recording = Recording(
         concepts=concepts,
@@ -219,9 +222,11 @@ def _broken(values: Any, images: int) -> dict[int, tuple[int, int]]:
     return broken
 
 
-def _geometry(coverage: Any, size: Any, grid: list[int]) -> tuple[tuple[float, float], tuple[int, int]]:
+def _geometry(
+    coverage: Any, size: Any, grid: list[int], squeezed: bool
+) -> tuple[tuple[float, float], tuple[int, int]]:
     """The image's share of the grid's height and width, and its size: it ends in the last row and column, and
-    patches are squares."""
+    patches are squares, if it was not ``squeezed`` for the model."""
     coverage = _numbers(coverage, "coverage", (int, float))
     size = _numbers(size, "image_size", int)
     for name, values in (("coverage", coverage), ("image_size", size)):
@@ -233,6 +238,9 @@ def _geometry(coverage: Any, size: Any, grid: list[int]) -> tuple[tuple[float, f
         )
     ends = all(n - 1 < share * n <= n for share, n in zip(coverage, grid, strict=True))
     _expect(coverage, ends, "coverage", f"that of a grid of {grid[0]} x {grid[1]}")
+    if squeezed:
+        _expect(size, all(size), "image_size", "above 0")
+        return coverage, size
     patch = [pixels / (share * n) for pixels, share, n in zip(size, coverage, grid, strict=True)]
     square = 1 <= patch[0] <= LARGEST_PATCH and abs(patch[0] - patch[1]) < _ROUNDING
     _expect(size, square, "image_size", f"that of a grid of {grid[0]} x {grid[1]}")
