@@ -152,7 +152,7 @@ def encode_concepts(
         family: of the model that is to take them.
         width: C, the width of the model's text tokens.
         prompt: a text, with all that prompt syntax can do, in which names are found by their token ids, as
-            in DAAM.
+            in DAAM; at the beginning of a word or behind a space, with a capital letter or without.
 
     Raises:
         ValueError: the CLIP does not belong to the model, there is no such pooling, or the encoder has no
@@ -170,6 +170,9 @@ def encode_concepts(
 
     # Most tokenizers take a backslash before a parenthesis for an escape, weights or not.
     escapes = tokenize(r"0\(") == tokenize("0(")
+
+    def tokens_of(name: str) -> dict[str, list]:
+        return tokenize(escaped(name) if escapes else name)
 
     probes = [tokenize(text) for text in _PROBES]
     given = probes[0]
@@ -196,10 +199,10 @@ def encode_concepts(
         if not 0 <= front <= max(0, len(_ids(given[encoder])) - len(encoded[0])):
             raise _not_the_models(family, f"no weights for the text encoder {encoder}")
     special = special_words(tokenizer, encoder)
-    sequences, spans, lengths, own_ids = [], [], [], []
+    sequences, spans, lengths = [], [], []
     for name in names:
         expect_words(name, special)
-        tokens = tokenize(escaped(name) if escapes else name)
+        tokens = tokens_of(name)
         whole = _ids(tokens[encoder])
         own = _unpadded(whole, padding)
         span = _own(own, ids)
@@ -220,7 +223,6 @@ def encode_concepts(
         sequences.append(encoded[: len(own) - left_out])
         spans.append(slice(span.start - left_out, span.stop - left_out))
         lengths.append(len(encoded))
-        own_ids.append(own[span])
     tokens = ConceptTokens(tuple(sequences), tuple(spans), tuple(lengths), pooling)
     if not prompt.strip():
         return tokens
@@ -229,7 +231,21 @@ def encode_concepts(
     encoded = encode(given)
     left_out = max(0, len(whole) - len(encoded)) if front is None else front
     rows = whole[left_out : left_out + len(encoded)]
-    return replace(tokens, prompt=Prompt(encoded, tuple(_occurrences(ids, rows) for ids in own_ids)))
+
+    def own_ids(text: str) -> list[int]:
+        found = _unpadded(_ids(tokens_of(text)[encoder]), padding)
+        return found[_own(found, ids)]
+
+    words = []
+    for name in names:
+        spelled = []
+        for spelling in _spellings(name):
+            alone, behind_a_space = own_ids(spelling), own_ids(f" {spelling}")
+            spelled.append(alone)
+            if behind_a_space[-len(alone) :] != alone:  # else the space is a token of its own, or none
+                spelled.append(behind_a_space)
+        words.append(_occurrences(spelled, rows))
+    return replace(tokens, prompt=Prompt(encoded, tuple(words)))
 
 
 def _not_the_models(family: Family, what: str) -> ValueError:
@@ -315,11 +331,21 @@ def _own(ids: list[int], probes: list[list[int]]) -> slice:
     return slice(start, len(ids) - end)
 
 
-def _occurrences(ids: list[int], text: list[int]) -> tuple[int, ...]:
-    """Where in ``text`` the ids stand one after the other: the places of all of them."""
-    length = len(ids)
-    starts = [i for i in range(len(text) - length + 1) if text[i : i + length] == ids]
-    return tuple(start + i for start in starts for i in range(length))
+def _spellings(name: str) -> list[str]:
+    """How a name may be written within a text, where tokenizers have other tokens for it with a capital
+    letter."""
+    return list(dict.fromkeys((name, name.lower(), name[:1].upper() + name[1:])))
+
+
+def _occurrences(spellings: list[list[int]], text: list[int]) -> tuple[int, ...]:
+    """Where in ``text`` the ids of one of the spellings stand one after the other: the places of all."""
+    found = set()
+    for ids in filter(None, spellings):
+        length = len(ids)
+        for start in range(len(text) - length + 1):
+            if text[start : start + length] == ids:
+                found.update(range(start, start + length))
+    return tuple(sorted(found))
 
 
 def _unknown(tokenizer, encoder: str, ids: list[int]) -> bool:

@@ -12,7 +12,7 @@ from comfy.sd import CLIPType
 from tiny_encoders import ENCODERS, T5, WIDTH, EncoderRow, clip_of, harmony, ltx2, tiny_clip
 
 from concept_attention.core.architectures import families
-from concept_attention.core.concepts import ConceptTokens, encode_concepts
+from concept_attention.core.concepts import ConceptTokens, Prompt, encode_concepts
 
 FAMILIES = {family.name: family for family in families()}
 
@@ -218,3 +218,92 @@ def test_flux2s_concepts_take_the_position_of_their_names(name, position):
     """Klein's texts are filled up from the right by their tokenizer, dev's from the left by the model."""
     tokens = encoded(name, "dragon")
     assert FAMILIES["Flux.2"].position(tokens.lengths[0], tokens.spans[0]) == position
+
+
+def words(name: str, prompt: str, *concepts: str) -> tuple[tuple[int, ...], ...]:
+    """Which rows of the prompt each concept has."""
+    return prompted(name, prompt, *concepts).words
+
+
+def prompted(name: str, prompt: str, *concepts: str) -> Prompt:
+    row = ENCODERS[name]
+    family = FAMILIES[row.family]
+    return encode_concepts(tiny_clip(name), concepts, "automatic", family, row.width, prompt).prompt
+
+
+# transformers 5 takes Llama 3's spaces out of a text, and cuts other tokens then.
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "hunyuan-video"])
+def test_a_word_is_where_the_prompts_rows_change_with_it(name, row):
+    one, other = "a rock, the dragon", "a rock, the rabbit"
+    found = prompted(name, one, "dragon", "sky")
+    (dragon, sky), rows = found.words, found.sequence
+    assert sky == ()
+    assert list(dragon) == list(range(dragon[0], dragon[-1] + 1))
+    if FAMILIES[row.family].causal:
+        changed = prompted(name, other, "rabbit").sequence
+        length = min(len(rows), len(changed))
+        differences = (rows[:length] - changed[:length]).norm(dim=-1)
+        assert int((differences > differences.max() / 10).nonzero()[0]) == dragon[0]
+    else:  # all rows change; but these encoders have no template, and their rows are those of token ids
+        key = FAMILIES[row.family].encoders[0]
+        ids, own = (
+            [token[0] for section in tiny_clip(name).tokenize(text)[key] for token in section]
+            for text in (one, "dragon")
+        )
+        own = own[encoded(name, "dragon").spans[0]]
+        assert [ids[place] for place in dragon] == own
+
+
+def test_the_prompts_rows_are_those_that_the_sampler_is_given(name):
+    text = "a (dragon:1.3) over a rock"
+    clip = tiny_clip(name)
+    given = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]
+    assert torch.equal(prompted(name, text, "rock").sequence, given[0])
+
+
+# Names, then how many tokens each has; CLIP and T5 by their own vocabularies, Qwen's in its template.
+@pytest.mark.parametrize("name,tokens", [("sd1", (1, 3)), ("flux1", (1, 3)), ("qwen-image", (1, 3))])
+def test_words_are_found_wherever_they_occur(name, tokens):
+    prompt = "Dragon and dragon, a hot air balloon. A dragon in a hot air balloon"
+    dragon, balloon, cold = words(name, prompt, "dragon", "hot air balloon", "cold air balloon")
+    assert (len(dragon), len(balloon)) == (3 * tokens[0], 2 * tokens[1])
+    assert cold == ()
+    assert dragon[0] < dragon[1] < balloon[0] < dragon[2] < balloon[3]
+    for start in (0, 3):
+        assert list(balloon[start : start + 3]) == list(range(balloon[start], balloon[start] + 3))
+
+
+# T5 has one more token, for a space, behind what is weighted.
+@pytest.mark.parametrize("name,more", [("sd1", 0), ("sdxl", 0), ("flux1", 1)])
+def test_weights_in_a_prompt_are_no_part_of_its_words(name, more):
+    dog, rock = words(name, "a dragon, a rock", "dragon", "rock")
+    assert dog
+    assert rock
+    weighted = words(name, "a (dragon:1.3), a rock", "dragon", "rock")
+    assert weighted == (dog, tuple(place + more for place in rock))
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sdxl-refiner"])
+def test_words_of_a_prompt_of_more_than_77_tokens_lie_in_their_part(name):
+    prompt = "a dog, " + "very " * 80 + "tall tree and a dog"
+    found = prompted(name, prompt, "dog", "tall tree")
+    (first, second), (tall, tree) = found.words
+    assert len(found.sequence) == 2 * 77
+    assert first == 2
+    assert 77 < tall < tree < second < 2 * 77
+    # The second part begins with a token of its own: 4 of "a dog," and 80 more were before, 75 in the first.
+    assert tall == 77 + 1 + (3 + 80 - 75)
+
+
+def test_a_prompt_of_flux1_may_be_longer_than_its_padding():
+    prompt = "a dog, " + "very " * 300 + "tall tree"
+    found = prompted("flux1", prompt, "dog", "tree")
+    (dog,), (tree,) = found.words
+    assert dog < 5
+    assert 300 < tree < len(found.sequence)
+
+
+@pytest.mark.parametrize("name", ["sd1", "flux1", "qwen-image"])
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_none(name, prompt):
+    assert prompted(name, prompt, "dog") is None
