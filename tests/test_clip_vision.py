@@ -12,6 +12,7 @@ import pytest
 import torch
 from comfy import sd1_clip
 from comfy.clip_vision import ClipVisionModel, convert_to_transformers
+from safetensors.torch import save_file
 from tiny_encoders import tiny_clip
 from torch.nn import functional as F
 
@@ -265,3 +266,26 @@ def test_a_text_encoder_without_a_projection_is_refused(left):
             ConceptSaliencyClipVision.execute(clip_vision(), clip, picture(), "dog", "sky", "textspan")
     finally:
         weight.data.copy_(kept)
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_what_memory_holds_is_no_projection_if_the_file_has_none(present, tmp_path):
+    """ComfyUI's loaders tell the CLIP which file it is of."""
+    clip = text_encoder().clone()
+    names = {
+        f"text_model.encoder.layers.{i}.layer_norm1.weight": torch.zeros(16)
+        for i in range(clip.cond_stage_model.clip_l.num_layers)
+    }
+    if present:
+        names["text_projection.weight"] = torch.zeros(WIDTH, 16)
+    file = str(tmp_path / "clip_l.safetensors")
+    save_file(names, file)
+    clip.patcher.cached_patcher_init = (comfy.sd.load_clip, ([file], None))
+    run = partial(
+        ConceptSaliencyClipVision.execute, clip_vision(), clip, picture(), "dog", "sky", "raw attention"
+    )
+    if present:
+        assert run().args[1].shape == (1, 48, 80)
+    else:
+        with pytest.raises(ValueError, match="clip_l has no text_projection"):
+            run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import comfy.clip_vision
@@ -12,6 +13,7 @@ import comfy.utils
 import torch
 from comfy.clip_model import CLIPVisionModelProjection
 from comfy.sd1_clip import SDClipModel
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,6 +33,9 @@ PAIRS = (
     "CLIP ViT-L/14 goes with clip_l (Stable Diffusion 1, XL, 3, Flux.1), ViT-H/14 with the text encoder of "
     "Stable Diffusion 2 (clip_h), and ViT-bigG/14 with clip_g (Stable Diffusion XL, 3)."
 )
+# In files, by transformers and by OpenAI.
+_LAYERS = ("text_model.encoder.layers.{}.layer_norm1.weight", "transformer.resblocks.{}.ln_1.weight")
+_PROJECTIONS = ("text_projection.weight", "text_projection")
 _LARGEST = 100.0  # of a text projection: trained ones stay far below 1
 
 
@@ -179,7 +184,7 @@ def matching_text_tower(clip_vision: ClipVisionModel, clip: CLIP) -> str:
     for name, tower in towers.items():
         weight = tower.transformer.text_projection.weight
         if len(weight) == width:
-            if not _trained(weight):
+            if not (_trained(weight) and _in_its_file(clip, tower)):
                 raise ValueError(
                     f"The text encoder {name} has no text_projection: its file leaves it out, as those for "
                     "painting often do, and without it texts are not in the space of the CLIP_VISION, which "
@@ -213,6 +218,24 @@ def _trained(projection: Tensor) -> bool:
     weight = projection.detach().float()
     finite = bool(weight.isfinite().all()) and bool(weight.abs().max() < _LARGEST)
     return finite and bool((weight != 0).float().mean() > 0.5)
+
+
+def _in_its_file(clip: CLIP, tower: SDClipModel) -> bool:
+    """Whether the tower's projection is in the file that the CLIP was loaded from. Memory may happen to hold
+    what looks like one. True where no file is known: of ComfyUI's loaders before 0.30, and of others."""
+    known = getattr(clip.patcher, "cached_patcher_init", None)
+    first = known[1][0] if known and known[1] else None
+    for path in map(str, first if isinstance(first, list | tuple) else [first]):
+        if not path.endswith((".safetensors", ".sft")) or not Path(path).is_file():
+            continue
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+        for layer in _LAYERS:
+            last, further = (layer.format(tower.num_layers - 1 + i) for i in (0, 1))
+            for prefix in [name.removesuffix(last) for name in names if name.endswith(last)]:
+                if prefix + further not in names and not prefix.endswith("visual."):
+                    return any(prefix + name in names for name in _PROJECTIONS)
+    return True
 
 
 def text_vectors(clip: CLIP, tower: str, names: Sequence[str]) -> Tensor:
