@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 from comfy.sd import CLIPType
-from tiny_encoders import ENCODERS, T5, WIDTH, EncoderRow, clip_of, harmony, ltx2, tiny_clip
+from tiny_encoders import ENCODERS, T5, WIDTH, EncoderRow, clip_of, ltx2, tiny_clip
 
 from concept_attention.core.architectures import families
 from concept_attention.core.concepts import ConceptTokens, Prompt, encode_concepts
@@ -33,15 +33,12 @@ def encoded(name: str, *concepts: str) -> ConceptTokens:
     return encode_concepts(tiny_clip(name), concepts, "automatic", FAMILIES[row.family], row.width)
 
 
-# Its text encoder's experts are not there without weights: docs/models.md does not call it checked.
-UNTRIED = {"Lens"}
-
 # What loads their text encoders has no types to choose from.
 WITHOUT_TYPES = {"LTX-2", "Stable Diffusion 1, 2, XL"}
 
 
 def test_every_family_has_an_encoder_here():
-    assert {row.family for row in ENCODERS.values()} | UNTRIED == set(FAMILIES)
+    assert {row.family for row in ENCODERS.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
@@ -207,10 +204,6 @@ def test_stable_diffusion_3_without_clip_is_an_error_and_not_t5s_rows(loaded):
         encode_concepts(
             clip_of(without), ("dragon",), "automatic", FAMILIES[row.family], WIDTH if loaded["t5"] else 4096
         )
-
-
-def test_lens_tokenizer_has_the_encoders_name():
-    assert set(harmony().tokenize_with_weights("dragon")) == set(FAMILIES["Lens"].encoders)
 
 
 @pytest.mark.parametrize("name,position", [("flux2-klein", 3), ("flux2-dev", 510)])

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 from unittest.mock import patch
 
+import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
 import sentencepiece
@@ -117,6 +118,13 @@ def _bytes(*special: str) -> Tokenizer:
     return tokenizer
 
 
+def _harmony() -> dict[str, Any]:
+    words = ("<|start|>", "<|message|>", "<|end|>", "<|channel|>")
+    return {
+        "tokenizer_json": torch.frombuffer(bytearray(_bytes(*words).to_str().encode()), dtype=torch.uint8)
+    }
+
+
 def ltx2(projection: str, *widths: int) -> type:
     """LTX-2's encoder, its projection to the widths of picture and sound as small as its language model."""
 
@@ -133,6 +141,23 @@ def ltx2(projection: str, *widths: int) -> type:
     return Encoder
 
 
+class _Unquantized(comfy.ops.manual_cast):
+    """ComfyUI's own experts have no weights until some are loaded."""
+
+    class MoEExperts(nn.Module):
+        def __init__(self, num_experts, in_features, out_features, bias=True, device=None, dtype=None):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, dtype=dtype))
+
+        @contextlib.contextmanager
+        def bank_resident(self, x: torch.Tensor) -> Iterator[nn.Module]:
+            yield self
+
+        def expert_linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+            return x @ self.weight[expert].mT
+
+
+_GPT_OSS = {**llm(3), "head_dim": WIDTH, "num_local_experts": 2, "num_experts_per_tok": 1}
 _T5 = {"t5xxl_model_config": T5}
 _GEMMA3 = {"model_name": "gemma3_12b", "gemma3_12b_model_config": llm()}
 _CLIPS = {"clip_l_model_config": CLIP, "clip_g_model_config": CLIP}
@@ -427,6 +452,16 @@ ENCODERS = {
         2,
         {"qwen25_7b_model_config": llm(), **_CLIPS},
     ),
+    "lens": EncoderRow(
+        "Lens",
+        "gpt_oss.LensTokenizer",
+        "gpt_oss.lens_te",
+        ((301, 307), (301, 316)),
+        402,
+        {"gpt_oss_config": _GPT_OSS, "selected_layers": (0, 1, 2), "custom_operations": _Unquantized},
+        3 * WIDTH,
+        data=_harmony,
+    ),
     "qwen-image": EncoderRow(
         "Qwen-Image",
         "qwen_image.QwenImageTokenizer",
@@ -482,10 +517,3 @@ def clip_of(row: EncoderRow) -> comfy.sd.CLIP:
         elif weight.ndim:
             weight.data.fill_(1.0 if "norm" in name else 0.0)
     return clip
-
-
-def harmony():
-    """Lens's tokenizer. Its encoder, a mixture of experts, is not to be had without weights."""
-    words = ("<|start|>", "<|message|>", "<|end|>", "<|channel|>")
-    data = torch.frombuffer(bytearray(_bytes(*words).to_str().encode()), dtype=torch.uint8)
-    return found("gpt_oss.LensTokenizer")(tokenizer_data={"tokenizer_json": data})
