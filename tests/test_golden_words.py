@@ -227,9 +227,10 @@ class FluxWords(FluxGolden):
         golden = Golden.load(path)
         if any(name.startswith("weights.") for name in golden.tensors):
             return cls(golden.tensors, golden.metadata)
-        source = re.search(r"\w+\.safetensors", golden.metadata["weights_and_inputs"])[0]
-        folder = path.parent if (path.parent / source).exists() else FOLDER
-        given = Golden.load(folder / source)
+        named = re.findall(r"\w+\.safetensors", golden.metadata.get("weights_and_inputs", ""))
+        names = (path.name.replace("daam_flux", "daam_flux_weights"), *named)
+        places = (folder / name for folder in (path.parent, path.parent.parent, FOLDER) for name in names)
+        given = Golden.load(next(place for place in places if place.exists()))
         return cls({**given.tensors, **golden.tensors}, {**given.metadata, **golden.metadata})
 
     @property
