@@ -201,6 +201,39 @@ def test_maps_follow_their_names_into_another_order(model, row):
     assert relative(first[:, :, 0], first[:, :, 1]) > 1e-4, "names differ"
 
 
+def test_keys_of_concepts_are_made_once_for_a_run_unless_they_change_in_it(model, row, monkeypatch):
+    made: list = []
+    kind = type(family(model))
+    key = kind.key
+    monkeypatch.setattr(kind, "key", lambda self, *args: (made.append(args[0]), key(self, *args))[1])
+
+    def run() -> tuple[int, list[Tensor]]:
+        made.clear()
+        samples = sample(watched(model, row), row, steps=3)
+        return len(made), recording_of({"samples": samples}).scores["probability"]
+
+    layers = family(model).layers(model.model.diffusion_model)
+    change = family(model).timed or family(model).modulated(layers[0])
+    count, scores = run()
+    assert count == len(layers) * (3 if change else 1)
+    monkeypatch.setattr(observe_module, "_weights_change", lambda guider: True)
+    count, without = run()
+    assert count == len(layers) * 3
+    assert all(map(torch.equal, scores, without))
+
+
+def test_nothing_as_large_as_the_picture_outlives_its_layer(model, row, read, monkeypatch):
+    """Of a long video, what each layer is called with takes hundreds of megabytes."""
+    layers: list = []
+    entered = words_module._Layer.entered
+    monkeypatch.setattr(
+        words_module._Layer, "entered", lambda self, *args: (layers.append(self), entered(self, *args))[1]
+    )
+    read(model, row, steps=1)
+    assert layers
+    assert all(layer.queries is None and not layer.arguments for layer in layers)
+
+
 def test_another_nodes_attention_is_called_as_often_as_without(model, row):
     calls = []
     for observed in (model, watched(model, row)):

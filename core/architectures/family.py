@@ -230,6 +230,10 @@ class WordsFamily(Family):
             words = module.get_submodule(name).forward(words)
         return words
 
+    def modulated(self, module: nn.Module) -> bool:
+        """Whether ``key`` depends on the arguments."""
+        return False
+
     def mask(self, arguments: dict[str, Any]) -> Tensor | None:
         """Of the prompt's keys, as the module's attention function is given it."""
         return None

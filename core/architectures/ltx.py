@@ -37,12 +37,15 @@ class LTXVideo(WordsFamily):
         return model.caption_projection(context)
 
     def key(self, module: nn.Module, words: Tensor, arguments: dict[str, Any]) -> Tensor:
-        if module.cross_attention_adaln:
+        if self.modulated(module):
             timestep = arguments[self.timestep]
             table = module.prompt_scale_shift_table[None, None].to(words)
             shift, scale = (table + timestep.reshape(*timestep.shape[:2], 2, -1)).unbind(2)
             words = words * (1 + scale) + shift
         return super().key(module, words, arguments)
+
+    def modulated(self, module: nn.Module) -> bool:
+        return module.cross_attention_adaln
 
     def mask(self, arguments: dict[str, Any]) -> Tensor | None:
         return arguments.get("attention_mask")

@@ -60,7 +60,7 @@ class BlockReading:
         self._model, self._blocks = model, family.layers(model)
         context = call.arguments.get("context", call.arguments.get("c_crossattn"))
         self._text = context.shape[1]
-        self._words = Words(look.tokens)
+        self._words = Words(look.tokens, look.known)
         self._begins = (
             [self._words.begin(context[part], partial(family.embed, model)) for part in rows]
             if "probability" in look.spaces

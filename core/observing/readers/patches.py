@@ -43,7 +43,7 @@ class PatchReading:
         self._guard, self._stop = guard, stop
         timestep, guidance = call.arguments["timestep"], call.arguments.get("guidance")
         concepts = look.tokens.pooled().to(call.x.device)
-        self._look, self._words = look, Words(look.tokens)
+        self._look, self._words = look, Words(look.tokens, look.known)
         self._probabilities: list[list[Tensor]] = [[] for _ in rows]
         context = call.arguments["context"]
         self._text = context.shape[1]

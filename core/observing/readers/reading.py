@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class ModelCall:
 
 def named(function: Callable, args: Sequence, kwargs: dict) -> dict[str, Any]:
     """The arguments of a call by name; those of a ``*args`` by their number."""
-    signature = inspect.signature(function)
+    signature = _signature(function)
     bound = signature.bind(*args, **kwargs).arguments
     found: dict[str, Any] = {}
     for name, value in bound.items():
@@ -83,6 +84,19 @@ def named(function: Callable, args: Sequence, kwargs: dict) -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+_signatures: weakref.WeakKeyDictionary[Callable, inspect.Signature] = weakref.WeakKeyDictionary()
+
+
+def _signature(function: Callable) -> inspect.Signature:
+    """Those of methods are remembered: a model calls its blocks' again and again, and it takes longer to find
+    out about their arguments than to name them."""
+    if not inspect.ismethod(function):
+        return inspect.signature(function)
+    if function.__func__ not in _signatures:
+        _signatures[function.__func__] = inspect.signature(function)
+    return _signatures[function.__func__]
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...architectures.family import WordsFamily
+from ...architectures.family import WordsFamily, picked
 from ...concepts import ConceptTokens
 from ...geometry import Grid
 from .embedding import embedded
@@ -29,6 +29,8 @@ from .reading import Complete, Guard, Look, ModelCall, named, uncompiled
 _TOKENS = 8192
 # By how much of its length a token of a text may differ and be the same: by what rounding may do.
 _ALIKE = 0.05
+# The keys of so many words are kept for a run: those of all concepts, of a short prompt too.
+_KEPT = 128
 
 
 class WordReading:
@@ -60,7 +62,8 @@ class WordReading:
         self._layers = family.layers(model)
         default = family.default_layers(model)
         self._heads = sum(family.heads(self._layers[n]) for n in default) / len(default)
-        self._words = Words(look.tokens)
+        self._known: dict = {} if look.known is None else look.known
+        self._words = Words(look.tokens, self._known)
         self._text = self._words.text(
             embedded(family, model, call, self._words.sequences, self._layers[0], self._given, look.known)
         )
@@ -100,14 +103,12 @@ class WordReading:
             if self._guard.broken or seen.queries is None:
                 return
             with self._guard:
-                text = self._text.to(keys)
-                own = self._family.key(seen.module, text, seen.arguments)
                 rows = len(seen.queries)
                 by_heads = partial(self._family.by_heads, seen.module)
                 self._scores[seen.number] = self._read(
-                    seen, by_heads(seen.queries, rows), by_heads(keys, rows), by_heads(own, len(own))
+                    seen, by_heads(seen.queries, rows), by_heads(keys, rows), self._own(seen, keys)
                 )
-            seen.queries = None
+            seen.forget()
             if self._stop and self.gap is None:
                 raise Complete
 
@@ -133,8 +134,21 @@ class WordReading:
                 own if len(own) == 1 else own[part],
                 mask if mask is None or len(mask) == 1 else mask[part],
             )
-            found.append(self._words.pooled(_on_grid(probabilities, grid, self._grid) / self._heads))
+            summed = _on_grid(probabilities, grid, self._grid, self._known)
+            found.append(self._words.pooled(summed / self._heads))
         return found
+
+    def _own(self, seen: _Layer, keys: Tensor) -> Tensor:
+        """The keys of ``Words.text`` (1 or B, H, T + K', d) in a layer whose own are ``keys``. They are the
+        same in all of a run, unless the layer's arguments have a part in them."""
+        family, module, name = self._family, seen.module, ("keys", seen.number, keys.device, keys.dtype)
+        if name in self._known:
+            return self._known[name]
+        own = family.key(module, self._text.to(keys), seen.arguments)
+        own = family.by_heads(module, own, len(own))
+        if not family.timed and not family.modulated(module) and own.shape[2] <= _KEPT:
+            self._known[name] = own
+        return own
 
     def scores(self) -> list[dict[str, Tensor]]:
         if self.gap:
@@ -157,26 +171,41 @@ class _Layer:
     def asked(self, module: nn.Module, args: tuple, queries: Tensor) -> None:
         self.queries = queries
 
+    def forget(self) -> None:
+        """Both are as large as the picture, and a model has many layers."""
+        self.queries, self.arguments = None, {}
+
 
 class Words:
     """Which words a picture is read with: of a prompt that was given with the concepts, those that are
-    concepts; and the concepts that are not among them, each by itself one more word."""
+    concepts; and the concepts that are not among them, each by itself one more word.
 
-    def __init__(self, tokens: ConceptTokens) -> None:
+    Args:
+        known: see ``Look``.
+    """
+
+    def __init__(self, tokens: ConceptTokens, known: dict | None = None) -> None:
         self._prompt = tokens.prompt
         places = ((),) * len(tokens.sequences) if tokens.prompt is None else tokens.prompt.words
         self._places = places
         self._more = [index for index, place in enumerate(places) if not place]
         self._columns = sorted({row for place in places for row in place})
         self._tokens = tokens
+        self._known = {} if known is None else known
         self.sequences = (*tokens.sequences, *(() if tokens.prompt is None else [tokens.prompt.sequence]))
         """What is to be embedded, (T_k, C): each name, and the prompt if it was given."""
 
     def text(self, embedded: Sequence[Tensor]) -> Tensor:
         """What keys are made of (1, T + K', D): the prompt, if it was given, and the further words. Of
         ``sequences`` as the model embeds them (T_k, D)."""
-        more = self._tokens.pooled(embedded[: len(self._places)])[self._more]
+        more = self._further(self._tokens.pooled(embedded[: len(self._places)]), 0)
         return (more if self._prompt is None else torch.cat([embedded[-1], more]))[None]
+
+    def _further(self, concepts: Tensor, axis: int) -> Tensor:
+        """Of all concepts those that are further words."""
+        if len(self._more) == len(self._places):
+            return concepts
+        return picked(concepts, axis, self._more) if self._more else concepts.narrow(axis, 0, 0)
 
     def probabilities(self, q: Tensor, k: Tensor, own: Tensor, mask: Tensor | None) -> Tensor:
         """Of each token of picture (B, H, N, d) for each word, (B, H, N, W) float32: those of the prompt that
@@ -190,7 +219,7 @@ class Words:
         if self._prompt is not None:
             count = own.shape[2] - len(self._more)
             k, own, mask = own[:, :, :count], own[:, :, count:], None
-        return probabilities(q, k, own, self._columns, mask)
+        return probabilities(q, k, own, self._columns, mask, known=self._known)
 
     def begin(self, context: Tensor, embed: Callable[[Tensor], Tensor]) -> int:
         """The row of the texts that a model is given, (B, T, C), in which the prompt begins; any, if no
@@ -232,9 +261,11 @@ class Words:
             own: those of the concepts (B, H, K, d).
             start: where in ``k`` the prompt begins.
         """
-        columns, own = [start + row for row in self._columns], own[:, :, self._more]
+        columns, own = [start + row for row in self._columns], self._further(own, 2)
         parts = [
-            probabilities(part, k, own, columns, _of_queries(mask, i * _TOKENS, part), scale).mean(1)
+            probabilities(
+                part, k, own, columns, _of_queries(mask, i * _TOKENS, part), scale, self._known
+            ).mean(1)
             for i, part in enumerate(q.split(_TOKENS, 2))
         ]
         return self.pooled(torch.cat(parts, 1).mT)
@@ -242,12 +273,14 @@ class Words:
     def pooled(self, words: Tensor) -> Tensor:
         """Of the words (B, W, N), concepts (B, K, N): the mean of a concept's tokens, wherever the prompt has
         it."""
-        found = [None] * len(self._places)
+        if not self._columns:
+            return words
+        found = []
         for index, place in enumerate(self._places):
             if place:
-                found[index] = words[:, [self._columns.index(row) for row in place]].mean(1)
+                found.append(picked(words, 1, [self._columns.index(row) for row in place]).mean(1))
             else:
-                found[index] = words[:, len(self._columns) + self._more.index(index)]
+                found.append(words[:, len(self._columns) + self._more.index(index)])
         return torch.stack(found, 1)
 
 
@@ -258,6 +291,7 @@ def probabilities(
     columns: Sequence[int],
     mask: Tensor | None = None,
     scale: float | None = None,
+    known: dict | None = None,
 ) -> Tensor:
     """How much of its attention each query (B, H, N, d) gives to single keys, (B, H, N, W) float32: to
     ``columns`` of the keys ``k`` (B, H, T, d), which are all that there is, then to each of ``own``
@@ -266,22 +300,17 @@ def probabilities(
     Args:
         mask: of ``k``, as an attention function takes it: (B or 1, T), or with axes for heads and queries.
         scale: of the attention; 1 / sqrt(d) if None.
+        known: keeps what calls on as many keys have in common.
     """
-    count, width = own.shape[2], q.shape[-1]
+    count = own.shape[2]
     keys = torch.cat([k, own], 2)
     if mask is not None:
         mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
         mask = F.pad(mask, (0, count), value=True if mask.dtype == torch.bool else 0.0)
     # An attention whose values are ones and zeros gives the probabilities themselves, without the matrix of
-    # all of them. The last is what all of the keys ``k`` have together.
-    given = k.shape[2]
-    chosen = [*([column] for column in columns), *([given + i] for i in range(count)), range(given)]
+    # all of them.
     found = []
-    for start in range(0, len(chosen), width):
-        some = chosen[start : start + width]
-        values = keys.new_zeros(keys.shape[2], width)
-        for column, rows in enumerate(some):
-            values[rows, column] = 1
+    for some, values in _selectors(keys, k.shape[2], columns, {} if known is None else known):
         values = values.expand(*keys.shape[:2], -1, -1)
         parts = [
             F.scaled_dot_product_attention(
@@ -289,10 +318,33 @@ def probabilities(
             )
             for i, part in enumerate(q.split(_TOKENS, 2))
         ]
-        found.append(torch.cat([part[..., : len(some)].float() for part in parts], 2))
-    among, alone, rest = torch.cat(found, -1).split([len(columns), count, 1], -1)
+        found.append(_joined([part[..., :some].float() for part in parts], 2))
+    among, alone, rest = _joined(found, 3).split([len(columns), count, 1], -1)
     rest = rest.clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.cat([among / rest, alone / (alone + rest)], -1)
+    alone = alone / (alone + rest)
+    return torch.cat([among / rest, alone], -1) if columns else alone
+
+
+def _selectors(keys: Tensor, given: int, columns: Sequence[int], known: dict) -> list[tuple[int, Tensor]]:
+    """Values (T + K, d) for the keys (B, H, T + K, d), of which the first T are ``given``, as many as it
+    takes; and how many of their columns count. Each column selects one of ``columns`` or one of the further
+    keys, the last one all that are given."""
+    length, width = keys.shape[2:]
+    name = ("selectors", length, width, given, tuple(columns), keys.device, keys.dtype)
+    if name not in known:
+        chosen = [*((i, i + 1) for i in (*columns, *range(given, length))), (0, given)]
+        known[name] = []
+        for start in range(0, len(chosen), width):
+            some = chosen[start : start + width]
+            values = keys.new_zeros(length, width)
+            for column, (first, end) in enumerate(some):
+                values[first:end, column] = 1
+            known[name].append((len(some), values))
+    return known[name]
+
+
+def _joined(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 def masked(mask: Tensor | None, part: slice, queries: slice) -> Tensor | None:
@@ -311,12 +363,27 @@ def _of_queries(mask: Tensor | None, start: int, queries: Tensor) -> Tensor | No
     return mask[..., start : start + queries.shape[2], :]
 
 
-def _on_grid(words: Tensor, grid: Grid, whole: Grid) -> Tensor:
+def _on_grid(words: Tensor, grid: Grid, whole: Grid, known: dict) -> Tensor:
     """The sum over heads of (B, H, N, W), (B, W, N) on the grid of the whole picture. Coarser layers are
-    enlarged as DAAM does it: each head's map bicubic, and no less than 0."""
+    enlarged as DAAM does it: each head's map bicubic, and no less than 0.
+
+    Args:
+        known: keeps the filters.
+    """
     if grid == whole:
         return words.sum(1).mT
-    maps = rearrange(words, "b h (f r c) w -> (b f) (h w) r c", f=grid.frames, r=grid.rows, c=grid.columns)
-    maps = F.interpolate(maps, size=tuple(whole[1:]), mode="bicubic", align_corners=False).clamp_min(0)
-    maps = rearrange(maps, "(b f) (h w) r c -> b h w (f r c)", f=grid.frames, w=words.shape[-1])
-    return maps.sum(1)
+    maps = rearrange(words, "b h (f r c) w -> b f h w r c", f=grid.frames, r=grid.rows, c=grid.columns)
+    down = _bicubic(grid.rows, whole.rows, maps.device, known)
+    across = _bicubic(grid.columns, whole.columns, maps.device, known)
+    maps = (down @ maps @ across.mT).clamp_min(0).sum(2)
+    return rearrange(maps, "b f w r c -> b w (f r c)")
+
+
+def _bicubic(size: int, wanted: int, device: torch.device, known: dict) -> Tensor:
+    """PyTorch's filter along one axis, as a matrix (wanted, size). Many small maps go through it several
+    times as fast."""
+    name = ("bicubic", size, wanted, device)
+    if name not in known:
+        one = torch.eye(size, device=device)[None, None]
+        known[name] = F.interpolate(one, size=(wanted, size), mode="bicubic", align_corners=False)[0, 0]
+    return known[name]
