@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from einops import rearrange
-from setting import Joint, Scene, Size
+from setting import OtherSize, Scene, Size
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -141,14 +141,19 @@ def account(size: Size, scene: Scene, stream=None, dtype: torch.dtype = torch.bf
     return found
 
 
-def joint_account(
-    size: Joint, scene: Scene, concepts: int = 0, dtype: torch.dtype = torch.bfloat16
+def other_account(
+    size: OtherSize,
+    scene: Scene,
+    concepts: int = 0,
+    first: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Account:
-    """Counts one evaluation of a model that is read by its blocks, with so many concepts."""
+    """Counts one evaluation of a model of another family, with so many concepts: the ``first`` of a run, or
+    one of those after it, which find kept what concepts become before the first layer."""
     import comfy.ops
 
     from concept_attention.core.architectures import family_of
-    from concept_attention.core.observing.readers.blocks import BlockReading
+    from concept_attention.core.observing.readers import reading_of
     from concept_attention.core.observing.readers.reading import Guard, Look, ModelCall
 
     module, _, name = f"comfy.ldm.{size.model}".rpartition(".")
@@ -161,26 +166,40 @@ def joint_account(
         context = torch.empty(batch, size.text_tokens, size.context, dtype=dtype)
         given = {"transformer_options": {"optimized_attention_override": _attention_of_the_model}}
         if size.pooled is not None:
-            given["y"] = torch.empty(batch, size.pooled, dtype=dtype)
+            given["y"] = torch.empty(batch, size.unet["adm_in_channels"], dtype=dtype)
         if "num_tokens" in inspect.signature(model.forward).parameters:
             given["num_tokens"] = size.text_tokens
+        if size.masked:
+            given["attention_mask"] = torch.empty(batch, size.text_tokens)
         call = ModelCall(model.forward, (x, torch.empty(batch), context), given)
         with torch.device("cpu"):
             tokens = size.concepts(concepts, torch.Generator())
-        look = Look(tokens.to(x.device), tuple(family.main_layers(model)))
-        with _counting() as counts, contextlib.ExitStack() as stack:
-            options = call.options
-            if concepts:
-                rows, grid = [slice(0, batch)], family.grid(model, x)
-                reading = BlockReading(
-                    family, model, call, look, rows, grid, Guard(lambda error: False), False
-                )
-                options = stack.enter_context(reading.watching())
-            args, kwargs = call.with_options(options)
-            out = model(*args, **kwargs)
-            scores = reading.scores() if concepts else []
+        look = Look(
+            tokens.to(x.device),
+            tuple(family.main_layers(model)),
+            reading_of(family).SPACES[:1],
+            known={},
+        )
+
+        def evaluation() -> tuple:
+            with contextlib.ExitStack() as stack:
+                options = call.options
+                if concepts:
+                    rows, grid = [slice(0, batch)], family.grid(model, x)
+                    reading = reading_of(family)(
+                        family, model, call, look, rows, grid, Guard(lambda error: False), False
+                    )
+                    options = stack.enter_context(reading.watching())
+                args, kwargs = call.with_options(options)
+                return model(*args, **kwargs), reading.scores() if concepts else []
+
+        if concepts and not first:
+            with _counting():
+                evaluation()
+        with _counting() as counts:
+            out = evaluation()
             found = counts()
-        del out, scores
+        del out
     return found
 
 

@@ -37,10 +37,10 @@ from setting import (
     Size,
     clock,
     evaluate,
-    joint,
-    joint_model,
     load,
     observed,
+    other_model,
+    other_sizes,
     random_model,
 )
 
@@ -92,8 +92,9 @@ class Bench:
             sides = ((512, 512), (1024, 1024), (2048, 1024)) if self.cuda else ((256, 256), (512, 512))
             batches = (1, 4) if self.cuda else (1, 2)
             self.scenes = [Scene(self.size, *s, batch=b) for s in sides for b in batches]
-        self.joint = joint(12, 5) if tiny else joint(1, 1) if self.cuda else joint(4, 5)
-        self.joint_pixels = (128, 64) if tiny else (1024, 1024) if self.cuda else (512, 512)
+        self.others = (
+            other_sizes(12, 5, 64) if tiny else other_sizes() if self.cuda else other_sizes(4, 5, 512)
+        )
         # 1024 x 1024 on a GPU
         self.scene = self.scenes[0 if tiny else 2]
         self._model = None
@@ -182,29 +183,32 @@ def step(bench: Bench) -> list[dict]:
 
 
 def families(bench: Bench) -> list[dict]:
-    """An evaluation of models that are read by their blocks, with five concepts, against one without."""
+    """Models of other families, with five concepts, against without: runs of four evaluations, of which the
+    first embeds the concepts for all."""
     rows = []
-    for name, size in bench.joint.items():
-        scene = Scene(size, *bench.joint_pixels)
-        model = joint_model(size, torch.bfloat16 if bench.cuda else torch.float32, bench.device)
+    for name, size in bench.others.items():
+        scene = Scene(size, *size.pixels)
+        model = other_model(size, torch.bfloat16 if bench.cuda else torch.float32, bench.device)
         models = {"without": model, "without, again": model.clone(), "K = 5": observed(model, size, 5)}
-        for variant, found in bench.compare(scene, models).items():
+        for variant, found in bench.compare(scene, models, 4).items():
             if variant != "without":
-                rows.append({"": name, "pixels": f"{scene.height} x {scene.width}", " ": variant, **found})
+                rows.append({"": name, "picture or video": scene.described, " ": variant, **found})
     return rows
 
 
 def family_accounts(_: Bench) -> list[dict]:
-    """What such an evaluation in bfloat16 asks of a GPU more than one without, models in full size."""
-    from accounting import joint_account
+    """What an evaluation of these models in full size, in bfloat16, asks of a GPU more than one without:
+    those after a run's first, and the first."""
+    from accounting import other_account
 
     rows = []
-    for name, size in joint(1, 1).items():
-        scene = Scene(size, 1024, 1024)
-        plain = joint_account(size, scene)
-        for concepts in CONCEPTS:
-            extra = joint_account(size, scene, concepts) - plain
-            rows.append({"": name, " ": f"K = {concepts}", **_compared(extra, plain)})
+    for name, size in other_sizes().items():
+        scene = Scene(size, *size.pixels)
+        plain = other_account(size, scene)
+        for concepts, first in ((5, True), *((k, False) for k in CONCEPTS)):
+            extra = other_account(size, scene, concepts, first) - plain
+            variant = f"K = {concepts}{', first of a run' * first}"
+            rows.append({"": name, " ": variant, **_compared(extra, plain)})
     return rows
 
 

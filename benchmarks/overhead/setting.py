@@ -67,7 +67,7 @@ class Size:
     def latent(self, height: int, width: int) -> tuple[int, ...]:
         return 16, height // 8, width // 8
 
-    def values(self, g: torch.Generator) -> dict:
+    def conditioning(self, g: torch.Generator) -> dict:
         return {"pooled_output": torch.randn(1, self.pooled, generator=g), "guidance": 3.5}
 
     def concepts(self, count: int, g: torch.Generator) -> ConceptTokens:
@@ -83,38 +83,43 @@ TINY = Size(heads=1, depth=2, depth_single=1, context=32, pooled=16, text_tokens
 
 
 @dataclass(frozen=True)
-class Joint:
-    """A model of a family that is read by its blocks.
+class OtherSize:
+    """A model of another family, by the arguments of ComfyUI's class, and what it is given.
 
     Attributes:
         config: of ``comfy.supported_models``.
         model: the diffusion model's class, below ``comfy.ldm``.
         unet: the arguments of the diffusion model's class.
         context: C, the width of text tokens.
+        pixels: height and width of what it makes.
         channels, cell: of latents, and the pixels on a side of one of their cells.
+        frames: of latents, if they have any.
         text_tokens: of the prompt.
         name_tokens: of each concept in its template; its name is the last but one to three of them.
         pooled: width of the pooled vector, if the model takes one.
-        video: latents have frames.
+        masked: whether the prompt comes with an attention mask.
     """
 
     config: str
     model: str
     unet: dict = field(hash=False)
     context: int
+    pixels: tuple[int, int]
     channels: int = 16
     cell: int = 8
+    frames: int | None = None
     text_tokens: int = 64
     name_tokens: tuple[int, ...] = (11, 12, 11, 13, 11)
     pooled: int | None = None
-    video: bool = False
+    masked: bool = False
 
     def latent(self, height: int, width: int) -> tuple[int, ...]:
-        frames = (1,) if self.video else ()
+        frames = () if self.frames is None else (self.frames,)
         return self.channels, *frames, height // self.cell, width // self.cell
 
-    def values(self, g: torch.Generator) -> dict:
-        return {} if self.pooled is None else {"pooled_output": torch.randn(1, self.pooled, generator=g)}
+    def conditioning(self, g: torch.Generator) -> dict:
+        values = {} if self.pooled is None else {"pooled_output": torch.randn(1, self.pooled, generator=g)}
+        return values | ({"attention_mask": torch.ones(1, self.text_tokens)} if self.masked else {})
 
     def concepts(self, count: int, g: torch.Generator) -> ConceptTokens:
         from concept_attention.core.concepts import ConceptTokens
@@ -124,12 +129,16 @@ class Joint:
         return ConceptTokens(sequences, (slice(9, 10),) * count, lengths, "last token")
 
 
-def joint(share: int, depth: int) -> dict[str, Joint]:
-    """Flux.2 Klein, Qwen-Image, Z-Image and Stable Diffusion 3.5 large (in its own proportions, with as many
-    heads as blocks), of a ``share`` of their widths and a ``depth`` of their depths."""
+def other_sizes(share: int = 1, depth: int = 1, picture: int = 1024) -> dict[str, OtherSize]:
+    """Models of a ``share`` of their widths and a ``depth`` of their depths, and squares of so many pixels.
+
+    Stable Diffusion 3.5 large stays in its own proportions, with as many heads as blocks, and Stable
+    Diffusion XL as deep as it is; a video has a ``share`` of its height, width, frames and text.
+    """
     side = 38 // share
+    square = (picture, picture)
     return {
-        "Flux.2 Klein": Joint(
+        "Flux.2 Klein": OtherSize(
             "Flux2",
             "flux.model.Flux",
             {
@@ -154,12 +163,13 @@ def joint(share: int, depth: int) -> dict[str, Joint]:
                 "ops_bias": False,
             },
             7680 // share,
+            square,
             channels=128,
             cell=16,
             text_tokens=512,
             name_tokens=(512,),
         ),
-        "Qwen-Image": Joint(
+        "Qwen-Image": OtherSize(
             "QwenImage",
             "qwen_image.model.QwenImageTransformer2DModel",
             {
@@ -173,9 +183,10 @@ def joint(share: int, depth: int) -> dict[str, Joint]:
                 "joint_attention_dim": 3584 // share,
             },
             3584 // share,
-            video=True,
+            square,
+            frames=1,
         ),
-        "Z-Image": Joint(
+        "Z-Image": OtherSize(
             "ZImage",
             "lumina.model.NextDiT",
             {
@@ -198,8 +209,9 @@ def joint(share: int, depth: int) -> dict[str, Joint]:
                 "pad_tokens_multiple": 32,
             },
             2560 // share,
+            square,
         ),
-        "Stable Diffusion 3.5": Joint(
+        "Stable Diffusion 3.5": OtherSize(
             "SD3",
             "modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",
             {
@@ -217,13 +229,79 @@ def joint(share: int, depth: int) -> dict[str, Joint]:
                 "qk_norm": "rms",
             },
             4096 // share,
+            square,
             name_tokens=(77,),
             pooled=2048 // share,
+        ),
+        "Stable Diffusion XL": OtherSize(
+            "SDXL",
+            "modules.diffusionmodules.openaimodel.UNetModel",
+            {
+                "image_size": 32,
+                "in_channels": 4,
+                "out_channels": 4,
+                # Channels are in groups of 32, and those with attention in heads of 64.
+                "model_channels": 32 * max(1, 10 // share),
+                "num_res_blocks": [2, 2, 2],
+                "channel_mult": (1, 2, 4),
+                "num_head_channels": 64,
+                "use_spatial_transformer": True,
+                "use_linear_in_transformer": True,
+                "transformer_depth": [0, 0, 2, 2, 10, 10],
+                "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+                "transformer_depth_middle": 10,
+                "context_dim": 2048 // share,
+                "num_classes": "sequential",
+                "adm_in_channels": 1280 + 6 * 256,
+                "legacy": False,
+            },
+            2048 // share,
+            square,
+            channels=4,
+            text_tokens=77,
+            name_tokens=(77,),
+            pooled=1280,
+        ),
+        "Wan 2.1": OtherSize(
+            "WAN21_T2V",
+            "wan.model.WanModel",
+            {
+                "image_model": "wan2.1",
+                "model_type": "t2v",
+                "dim": 128 * (40 // share),
+                "ffn_dim": 13824 // share,
+                "num_heads": 40 // share,
+                "num_layers": 40 // depth,
+                "text_dim": 4096 // share,
+            },
+            4096 // share,
+            (480 // share // 16 * 16, 832 // share // 16 * 16),
+            frames=20 // share + 1,
+            text_tokens=512 // share,
+            name_tokens=(512 // share,),
+        ),
+        "LTX-Video": OtherSize(
+            "LTXV",
+            "lightricks.model.LTXVModel",
+            {
+                "image_model": "ltxv",
+                "cross_attention_dim": 64 * (32 // share),
+                "num_attention_heads": 32 // share,
+                "num_layers": 28 // depth,
+                "caption_channels": 4096 // share,
+            },
+            4096 // share,
+            (704 // share // 32 * 32, 1280 // share // 32 * 32),
+            channels=128,
+            cell=32,
+            frames=15 // share + 1,
+            text_tokens=128 // share,
+            masked=True,
         ),
     }
 
 
-def joint_base(size: Joint, dtype: torch.dtype, device: torch.device) -> BaseModel:
+def other_base(size: OtherSize, dtype: torch.dtype, device: torch.device) -> BaseModel:
     """ComfyUI's model, its weights as they come."""
     import comfy.ops
     import comfy.supported_models
@@ -234,12 +312,12 @@ def joint_base(size: Joint, dtype: torch.dtype, device: torch.device) -> BaseMod
     return config.get_model({}, "", device=device)
 
 
-def joint_model(size: Joint, dtype: torch.dtype, device: torch.device) -> ModelPatcher:
+def other_model(size: OtherSize, dtype: torch.dtype, device: torch.device) -> ModelPatcher:
     """With random weights, drawn so that activations keep their size."""
     from comfy.model_patcher import ModelPatcher
 
     torch.manual_seed(0)
-    model = joint_base(size, dtype, device)
+    model = other_base(size, dtype, device)
     for name, weight in model.diffusion_model.named_parameters():
         if weight.ndim >= 2:
             weight.data.normal_(0, weight[0].numel() ** -0.5)
@@ -292,7 +370,7 @@ def random_model(size: Size, dtype: torch.dtype, device: torch.device) -> ModelP
 class Scene:
     """What is given to the model: empty latents for ``height`` x ``width`` pixels, and a prompt."""
 
-    size: Size | Joint
+    size: Size | OtherSize
     height: int
     width: int
     batch: int = 1
@@ -302,17 +380,24 @@ class Scene:
         return self.height * self.width // 256
 
     @property
+    def described(self) -> str:
+        frames = self.size.latent(self.height, self.width)[1:-2]
+        return f"{self.height} x {self.width}" + "".join(
+            f", {n} frames of the latent" for n in frames if n > 1
+        )
+
+    @property
     def latent(self) -> Tensor:
         return torch.zeros(self.batch, *self.size.latent(self.height, self.width))
 
     @property
     def conditioning(self) -> list:
         g = torch.Generator().manual_seed(1)
-        values = self.size.values(g)
+        values = self.size.conditioning(g)
         return [[torch.randn(1, self.size.text_tokens, self.size.context, generator=g), values]]
 
 
-def observed(model: ModelPatcher, size: Size | Joint, concepts: int, **options) -> ModelPatcher:
+def observed(model: ModelPatcher, size: Size | OtherSize, concepts: int, **options) -> ModelPatcher:
     from concept_attention.core.concepts import Concepts
     from concept_attention.core.observing.observe import WhatToRecord, observe
 
