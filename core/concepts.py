@@ -183,10 +183,10 @@ def encode_concepts(
     padding = _padding(_ids(given[encoder]))
 
     def encode(tokens: dict[str, list]) -> Tensor:
-        encoded = clip.encode_from_tokens(tokens, return_dict=True)["cond"]
+        encoded = family.sequence(clip.encode_from_tokens(tokens, return_dict=True))
         if encoded.shape[-1] != width:
             raise _not_the_models(family, f"text tokens of width {encoded.shape[-1]}, not {width}")
-        return encoded[0].float().cpu()
+        return encoded.float().cpu()
 
     ids = [_unpadded(_ids(probe[encoder]), padding) for probe in probes]
     front = None

@@ -78,8 +78,8 @@ def test_names_are_found_in_a_prompt_on_whichever_side_it_is_filled_up(name, use
 def test_the_rows_are_those_that_the_clip_gives_for_the_name_as_a_prompt(name):
     (sequence,) = encoded(name, "hot air balloon").sequences
     clip = tiny_clip(name)
-    prompt = clip.encode_from_tokens(clip.tokenize("hot air balloon"), return_dict=True)["cond"]
-    assert torch.equal(sequence, prompt[0, : len(sequence)])
+    prompt = clip.encode_from_tokens(clip.tokenize("hot air balloon"), return_dict=True)
+    assert torch.equal(sequence, FAMILIES[ENCODERS[name].family].sequence(prompt)[: len(sequence)])
 
 
 def test_only_from_its_first_row_on_a_name_differs_from_another(name, row):
@@ -250,8 +250,9 @@ def test_a_word_is_where_the_prompts_rows_change_with_it(name, row):
 def test_the_prompts_rows_are_those_that_the_sampler_is_given(name):
     text = "a (dragon:1.3) over a rock"
     clip = tiny_clip(name)
-    given = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]
-    assert torch.equal(prompted(name, text, "rock").sequence, given[0])
+    context, values = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
+    given = FAMILIES[ENCODERS[name].family].sequence({"cond": context, **values})
+    assert torch.equal(prompted(name, text, "rock").sequence, given)
 
 
 # Names, then how many tokens each has; CLIP and T5 by their own vocabularies, Qwen's in its template.

@@ -56,7 +56,7 @@ def watched(model, row: Row, tokens: ConceptTokens | None = None, **options):
 
 def prompt_as_concepts(row: Row) -> ConceptTokens:
     """The tokens of the prompt, each a concept, with the prompt that they are words of."""
-    context = row.conditioning(2)[0][0][0]
+    context = row.sequence(row.conditioning(2)[0][0][0])
     return replace(
         ConceptTokens.single(context), prompt=Prompt(context, tuple((i,) for i in range(len(context))))
     )

@@ -255,6 +255,15 @@ ENCODERS = {
         data=_sentences,
     ),
     "ltxv": EncoderRow("LTX-Video", "lt.LTXVT5Tokenizer", "lt.ltxv_te", ((0, 1), (0, 3)), 128, _T5),
+    "anima": EncoderRow(
+        "Anima",
+        "anima.AnimaTokenizer",
+        "anima.te",
+        ((0, 1), (0, 3)),
+        2,
+        {"qwen3_06b_model_config": llm()},
+        width=WIDTH + 4,
+    ),
     "cosmos": EncoderRow(
         "Cosmos-Predict2",
         "cosmos.CosmosT5Tokenizer",

@@ -13,6 +13,7 @@ import comfy.sample
 import comfy.supported_models
 import comfyui_version
 import torch
+from comfy.ldm.anima.model import LLMAdapter
 from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
 from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import comfyui
+from concept_attention.core.architectures.anima import Anima
 from concept_attention.core.concepts import Concepts, ConceptTokens
 
 CPU = torch.device("cpu")
@@ -46,6 +48,7 @@ class Row:
         attention_options: whether the model gives its attention ``transformer_options``. Only then other
             nodes can change it.
         prepare: what else a random model needs.
+        sequence: what the family makes of a text's tokens (T, C).
     """
 
     family: str
@@ -62,6 +65,7 @@ class Row:
     further_keys: bool = False
     attention_options: bool = True
     prepare: Callable[[nn.Module], None] = lambda model: None
+    sequence: Callable[[Tensor], Tensor] = lambda tokens: tokens
 
     def conditioning(self, seed: int, tokens: int | None = None) -> list:
         g = torch.Generator().manual_seed(seed)
@@ -86,7 +90,8 @@ class Row:
     def concept_tokens(self, count: int = 3, seed: int = 5) -> ConceptTokens:
         """Names of one to ``count`` tokens in a template of three."""
         g = torch.Generator().manual_seed(seed)
-        sequences = tuple(torch.randn(3 + i, self.width, generator=g) for i in range(1, count + 1))
+        texts = (torch.randn(3 + i, self.width, generator=g) for i in range(1, count + 1))
+        sequences = tuple(self.sequence(text) for text in texts)
         spans = tuple(slice(2, 2 + i) for i in range(1, count + 1))
         return ConceptTokens(sequences, spans, tuple(len(s) for s in sequences), "last token")
 
@@ -794,6 +799,20 @@ _PIXART = {
     "caption_channels": 64,
     "pe_interpolation": 1,
 }
+_T5_OF_ANIMA = {"t5xxl_ids": torch.arange(1000, 1007), "t5xxl_weights": torch.ones(7)}
+
+
+def _of_anima(states: Tensor) -> Tensor:
+    t5 = {name: values[: len(states)] for name, values in _T5_OF_ANIMA.items()}
+    return Anima().sequence({"cond": states[None], **t5})
+
+
+def _small_adapter(model: nn.Module) -> None:
+    operations = {"dtype": torch.float32, "operations": comfy.ops.disable_weight_init}
+    model.llm_adapter = LLMAdapter(64, 64, 64, num_layers=1, num_heads=2, **operations)
+    randomize(model.llm_adapter)
+
+
 _SD, _WAN_FAMILY = "Stable Diffusion 1, 2, XL", "Wan 2.1, 2.2"
 
 WORDS = {
@@ -908,6 +927,16 @@ WORDS = {
     ),
     "cosmos1": Row("Cosmos 1", "CosmosT2V", _COSMOS_1, 64, (16, 3, 6, 8)),
     "cosmos1_i2v": Row("Cosmos 1", "CosmosI2V", {**_COSMOS_1, "in_channels": 17}, 64, (16, 3, 6, 8)),
+    "anima": Row(
+        "Anima",
+        "Anima",
+        {**_COSMOS, "image_model": "anima"},
+        64,
+        (16, 1, 5, 8),
+        values=_T5_OF_ANIMA,
+        prepare=_small_adapter,
+        sequence=_of_anima,
+    ),
     "cosmos_predict2": Row("Cosmos-Predict2", "CosmosT2IPredict2", _COSMOS, 64, (16, 3, 5, 8)),
     "pixart_alpha": Row(
         "PixArt Alpha, Sigma", "PixArtAlpha", _PIXART, 64, (4, 32, 36), attention_options=False

@@ -38,9 +38,8 @@ def family_of(model: nn.Module) -> Family:
     if (known := path.removeprefix("comfy.ldm.")) in UNREADABLE:  # though it may be made from a readable one
         name, reason = UNREADABLE[known]
         raise ValueError(f"Concept Attention cannot read {name}: {reason}. {_supported()}")
-    for family in families():
-        if family.matches(model):
-            return family
+    if found := [family for family in families() if family.matches(model)]:
+        return min(found, key=lambda family: family.distance(model))
     raise ValueError(f"Concept Attention does not support this model ({path}). {_supported()}")
 
 

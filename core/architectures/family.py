@@ -48,9 +48,19 @@ class Family:
     """Whether latents are pairs, a video and its sound."""
 
     def matches(self, model: nn.Module) -> bool:
-        return any(
-            f"{c.__module__}.{c.__qualname__}" == f"comfy.ldm.{self.model}" for c in type(model).__mro__
-        )
+        return self.distance(model) is not None
+
+    def distance(self, model: nn.Module) -> int | None:
+        """How far the model's class is from the family's among those that it is made from; None if it is not
+        made from it."""
+        path = f"comfy.ldm.{self.model}"
+        classes = [f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__]
+        return classes.index(path) if path in classes else None
+
+    def sequence(self, encoded: dict[str, Any]) -> Tensor:
+        """Of what a CLIP gives for a text, with what else goes into the conditioning, the tokens (T, C) that
+        the model's text is made of."""
+        return encoded["cond"][0]
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The blocks that concepts go through, in running order."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 _UNSEEN = "no other node can see its attention"
 _ONE_WAY = "its text never reads the picture, so that a concept could not either"
-_TOGETHER = "it makes words of two text encoders' tokens together, and a concept has those of one"
 
 UNREADABLE = {
-    "anima.model.Anima": ("Anima", _TOGETHER),
     "cascade.stage_b.StageB": (
         "stage B of Stable Cascade",
         "it is given the prompt as a whole, and no words",
