@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,8 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import CurrentNodeContext
+from tiny_models import WORDS, concepts_of, tiny
+from tiny_models import sample as sample_row
 from torch import Tensor
 
 import nodes
@@ -208,6 +211,53 @@ def test_runs_of_several_layers_have_those_that_they_share():
     for evaluation, joined in enumerate(both.scores["output"]):
         expected = full.scores["output"][evaluation][[1, 3]], thin.scores["output"][evaluation][[0, 1]]
         assert torch.equal(joined, torch.cat(expected, 1))
+
+
+def trimmed(latent: dict, start: int) -> dict:
+    return importlib.import_module("comfy_extras.nodes_wan").TrimVideoLatent.execute(latent, start).result[0]
+
+
+def cut(latent: dict, start: int, length: int) -> dict:
+    return latent_nodes.LatentCut.execute(latent, "t", start, length).result[0]
+
+
+CUT = {
+    "the first": (lambda latent: trimmed(latent, 1), slice(1, 3)),  # as after Wan VACE with a reference
+    "the last": (lambda latent: cut(latent, 0, 2), slice(0, 2)),  # as after LTX-Video with guides
+    "all but one": (lambda latent: cut(latent, 1, 1), slice(1, 2)),
+    "the first of one video": (lambda latent: trimmed(pick(latent, 1), 2), slice(2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_video_of_which_frames_were_cut_off_has_the_maps_of_the_others(name):
+    change, kept = CUT[name]
+    row = WORDS["wan21_t2v"]
+    what = WhatToRecord(concepts_of(), row.concept_tokens())
+    latent = {"samples": sample_row(observe(tiny("wan21_t2v"), what), row, batch=2)}
+    whole, part = recording_of(latent), recording_of(change(latent))
+    assert whole.durations == (1, 4, 4)
+    assert part.durations == whole.durations[: kept.stop - kept.start]
+    videos = slice(1, 2) if name.endswith("of one video") else slice(None)
+    for evaluation, scores in enumerate(whole.scores["probability"]):
+        expected = scores.unflatten(1, (2, 3))[:, videos, kept].flatten(1, 2)
+        assert torch.equal(part.scores["probability"][evaluation], expected)
+
+
+def test_frames_that_do_not_follow_each_other_are_no_part_of_a_video():
+    samples = torch.randn(1, 16, 3, 8, 12)
+    remember(samples, replace(recording(batch=3), durations=(1, 4, 4)))
+    for frames in ([0, 2], [1, 0], [0, 1, 2, 2]):
+        with pytest.raises(RecordingError, match="has the size of one that was, but holds something else"):
+            recording_of({"samples": samples[:, :, frames]})
+
+
+def test_a_part_of_a_video_is_not_known_to_models_that_see_frames_as_one():
+    """It would begin within one of them."""
+    samples = torch.randn(1, 16, 4, 8, 12)
+    remember(samples, replace(recording(batch=2), durations=(5, 8)))
+    with pytest.raises(RecordingError, match="holds something else"):
+        recording_of(trimmed({"samples": samples}, 1))
 
 
 CHANGED: dict[str, tuple[Callable[[dict], dict], str]] = {

@@ -3,7 +3,8 @@
 A LATENT is known by the very tensor that a sampling run returned. Many nodes hand on another one, so images
 are known by what they hold too: those that the run returned, and those that its last step predicted, which
 ``denoised_output`` and samplers of other packs give in their place. A batch of known images, in any order
-and of several runs, has a recording that is put together of theirs.
+and of several runs, has a recording that is put together of theirs. A video is known by its latent frames,
+so that a part of it is known too: some nodes cut off what stands before or behind it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 from ..concepts import Concepts
 from .recording import BUDGET, Recording, RecordingError, gathered
 
+Digests = tuple[bytes, ...]
+"""What an image or video is known by: a digest of each of its latent frames, of which an image has one."""
+
 
 class Origin:
     """Where images come from: what was recorded of them, or the reason that nothing was, and what they are
@@ -31,7 +35,7 @@ class Origin:
     def __init__(self, recording: Recording | str) -> None:
         self.recording = recording
         self.number = next(_numbers)
-        self.images: dict[bytes, int] = {}
+        self.images: dict[Digests, int] = {}
         self.sizes: set[tuple[int, ...]] = set()
 
     @property
@@ -43,10 +47,24 @@ class Origin:
         return 0 if isinstance(self.recording, str) else self.recording.nbytes
 
     def know(self, samples: Tensor) -> None:
-        """Know the images (B, C, H, W) by what they hold."""
-        self.images.update({digest: i for i, digest in enumerate(_digests(samples))})
+        """Know the images (B, C, H, W), or videos (B, C, F, H, W), by what they hold."""
+        self.images.update({digests: i for i, digests in enumerate(_digests(samples))})
         self.sizes.add(tuple(samples.shape[1:]))
         _origins.add(self)
+
+    def find(self, digests: Digests) -> tuple[int, int] | None:
+        """The image or video that this is, and the latent frame that it begins with there: 0, unless it is
+        the later part of a video. None if it is unknown. Of models that see several latent frames as one, no
+        parts are known: they may begin within one."""
+        if digests in self.images:
+            return self.images[digests], 0
+        for whole, image in self.images.items():
+            if not isinstance(self.recording, str) and self.recording.frames != len(whole):
+                continue
+            for start in range(len(whole) - len(digests) + 1):
+                if whole[start : start + len(digests)] == digests:
+                    return image, start
+        return None
 
 
 _numbers = count()
@@ -148,7 +166,7 @@ def video_of(latent: Tensor, shapes: Sequence[Sequence[int]] | None) -> Tensor:
 def _recognised(samples: Tensor) -> Recording:
     digests = _digests(samples)
     origins = sorted(_origins, key=lambda origin: origin.number, reverse=True)
-    known = [[origin for origin in origins if digest in origin.images] for digest in digests]
+    known = [[origin for origin in origins if origin.find(image)] for image in digests]
     if not digests or not all(known):
         raise RecordingError(_unknown(samples, known, origins))
     chosen = _together(known)
@@ -157,7 +175,13 @@ def _recognised(samples: Tensor) -> Recording:
             alone = all(other is origin for other in chosen)
             which = "" if alone else f"Image {number + 1} of {len(chosen)}: "
             raise RecordingError(which + origin.recording)
-    return gathered([(o.recording, o.images[digest]) for o, digest in zip(chosen, digests, strict=True)])
+    parts: dict[tuple[Origin, int], Recording] = {}  # one for all the images of a run
+    images = []
+    for origin, frames in zip(chosen, digests, strict=True):
+        image, start = origin.find(frames)
+        part = parts.setdefault((origin, start), origin.recording.part(start, len(frames)))
+        images.append((part, image))
+    return gathered(images)
 
 
 def _together(known: list[list[Origin]]) -> list[Origin]:
@@ -173,16 +197,17 @@ def _together(known: list[list[Origin]]) -> list[Origin]:
     return [candidates[0] for candidates in known]
 
 
-def _digests(samples: Tensor) -> list[bytes]:
+def _digests(samples: Tensor) -> list[Digests]:
     """What each image is known by. In half precision, since ComfyUI may round what samplers return
     (``--fp16-intermediates``); by way of float32, since rounding twice is not rounding once."""
-    images = samples.detach().float().half().cpu().contiguous()
-    digests = []
-    for image in images:
-        digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
-        digest.update(image.numpy())
-        digests.append(digest.digest())
-    return digests
+    images = samples.detach().float().half().cpu()
+    return [tuple(map(_digest, image.unbind(1) if image.ndim == 4 else (image,))) for image in images]
+
+
+def _digest(frame: Tensor) -> bytes:
+    digest = hashlib.blake2b(repr(tuple(frame.shape)).encode(), digest_size=16)
+    digest.update(frame.contiguous().numpy())
+    return digest.digest()
 
 
 def _unknown(
@@ -196,7 +221,7 @@ def _unknown(
     sizes = sorted({size for origin in origins for size in origin.sizes})
     if samples is not None and sizes:
         size = tuple(samples.shape[1:])
-        if size in sizes:
+        if size[-2:] in [other[-2:] for other in sizes]:
             done = (
                 " It has the size of one that was, but holds something else: another node has changed it, or "
                 "another sampler made it."
@@ -210,7 +235,8 @@ def _unknown(
     return (
         f"{what} not sampled with Concept Attention.{done} Put the Concept Attention node between the model "
         "and the sampler, and connect the sampler's LATENT. Nodes in between may pick, repeat, batch, save "
-        "or load images, as long as they are of the last run of their sampler; not upscale, crop, blend or "
-        "otherwise change them. A sampler that takes no step (denoise 0, an empty range of steps) hands on "
-        "the LATENT that it is given. For a picture that was not sampled here, use Concept Attention (Image)."
+        "or load images, as long as they are of the last run of their sampler, and cut off frames of videos; "
+        "not upscale, crop, blend or otherwise change them. A sampler that takes no step (denoise 0, an "
+        "empty range of steps) hands on the LATENT that it is given. For a picture that was not sampled "
+        "here, use Concept Attention (Image)."
     )

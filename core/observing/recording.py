@@ -108,6 +108,23 @@ class Recording:
             "patches, one by one."
         )
 
+    def part(self, start: int, frames: int) -> Recording:
+        """That of so many latent frames of each video, from ``start`` on, as of a video of its own: a VAE
+        decodes the first of them to as many frames as the first of the whole."""
+        if frames == self.frames:
+            return self
+        end = start + frames
+        return replace(
+            self,
+            scores={
+                space: tuple(
+                    s.unflatten(1, (-1, self.frames))[:, :, start:end].flatten(1, 2) for s in evaluations
+                )
+                for space, evaluations in self.scores.items()
+            },
+            durations=self.durations[:frames],
+        )
+
     def select(
         self, space: str, layers: Sequence[int] | None = None, steps: Sequence[int] | None = None
     ) -> list[Tensor]:

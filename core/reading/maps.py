@@ -94,7 +94,8 @@ class ConceptMaps:
         what = f"a video of {frames} frames" if videos == 1 else f"{videos} videos of {frames} frames each"
         raise ValueError(
             f"There are {count} images, but concept maps of {what}. Connect all frames as the VAE decoded "
-            "them, before any are left out, skipped or added by another frame rate; or a single image."
+            "them, before any are left out, skipped or added by another frame rate; or a single image. If "
+            "the LATENT was cut before it was decoded, connect the cut one to Concept Saliency too."
         )
 
     def index(self, name: str) -> int:
