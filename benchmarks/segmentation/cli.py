@@ -19,7 +19,7 @@ from .methods import available
 from .report import report, summary
 from .run import run
 from .store import Store
-from .sweep import Group, full, only, single
+from .sweep import Group, explanations, full, only, single
 
 SCENE_KINDS = {
     "scenes": "",
@@ -43,6 +43,9 @@ CHOICES = (
     "grounding",
     "bilinear",
     "refine",
+    "explanation",
+    "rules",
+    "normalised",
 )
 """Of a method, as the command line names them."""
 
@@ -77,9 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="I/N", help="this worker's part of the images"
     )
-    work.add_argument("--models", choices=("demo", "files"), default="demo", help="(%(default)s)")
+    work.add_argument(
+        "--models",
+        choices=("demo", "files", "clip", "vit"),
+        default="demo",
+        help="clip and vit are vision transformers, to be explained (%(default)s)",
+    )
     work.add_argument("--unet", type=Path, help="files: the diffusion model's")
-    work.add_argument("--clip", type=Path, nargs="+", help="files: those of the text encoders")
+    work.add_argument("--clip", type=Path, nargs="+", help="files, clip: those of the text encoders")
+    work.add_argument("--clip-vision", type=Path, help="clip: the vision tower's")
+    work.add_argument("--vit", type=Path, help="vit: that of timm's classifier, DINO, DINOv2 or DINOv3")
     work.add_argument(
         "--clip-type", default="flux", help='files: as in CLIPLoader, "sd3" or "cogvideox" (%(default)s)'
     )
@@ -89,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     one = commands.add_parser("run", parents=[work], help="run one method")
-    one.add_argument("--method", choices=available(), default="concept-attention", help="(%(default)s)")
+    one.add_argument(
+        "--method", choices=available(), default="concept-attention", help="one for the models (%(default)s)"
+    )
     # A method has defaults of its own.
     choice = partial(one.add_argument, default=argparse.SUPPRESS)
     choice("--layers", help='"default", "all", "last 10", or as in "0, 15-18"')
@@ -115,6 +127,14 @@ def _parser() -> argparse.ArgumentParser:
         help="concepts do not attend to each other",
     )
     choice("--no-caption", dest="captioned", action="store_false", help="the model sees an empty prompt")
+    choice("--explanation", help='clip and vit: as in "transinterp" or "partial lrp"')
+    choice("--rules", help='vit: "orig" or "ours", of relevance')
+    choice(
+        "--unnormalised",
+        dest="normalised",
+        action="store_false",
+        help="vit and dino: pixels from 0 to 1, as in the paper's reference",
+    )
     choice("--grounding", choices=GROUNDINGS, help=f"({GROUNDINGS[0]})")
     enlarging = one.add_mutually_exclusive_group()
     choice = partial(enlarging.add_argument, action="store_true", default=argparse.SUPPRESS)
@@ -150,7 +170,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _sweep(args: argparse.Namespace) -> None:
     def groups(models, dataset):
-        every = full(models, dataset.background)
+        every = full(models, dataset.background) if models.kind == "diffusion" else explanations(models)
         return every if args.groups is None else only(every, args.groups)
 
     _work(args, groups)
@@ -159,10 +179,8 @@ def _sweep(args: argparse.Namespace) -> None:
 def _work(args: argparse.Namespace, groups) -> None:
     dataset = dataset_of(args)
     _start_comfyui()
-    from .models import Models
-
     with torch.inference_mode():
-        models = Models.demo() if args.models == "demo" else _files(args)
+        models = LOADED[args.models](args)
         chosen: list[Group] = groups(models, dataset)
         limit = args.limit or (SCENES if args.data.startswith("scenes") else None)
         about = {"torch": torch.__version__, "ComfyUI": _comfyui_version()}
@@ -193,13 +211,44 @@ def _start_comfyui() -> None:
     sys.argv = given
 
 
+def _demo(args: argparse.Namespace):
+    from .models import Models
+
+    return Models.demo()
+
+
 def _files(args: argparse.Namespace):
     from .models import Models
 
-    missing = [f"--{name}" for name in ("unet", "clip", "vae") if not getattr(args, name)]
-    if missing:
-        raise ValueError(f"--models files needs the files of the models: {', '.join(missing)}.")
+    _expect_files(args, "unet", "clip", "vae")
     return Models.files(args.unet, args.clip, args.clip_type, args.vae, args.size)
+
+
+def _clip(args: argparse.Namespace):
+    from .vision import Clip
+
+    _expect_files(args, "clip-vision", "clip")
+    return Clip.files(args.clip_vision, args.clip, args.clip_type)
+
+
+def _vit(args: argparse.Namespace):
+    from .vision import Transformer
+
+    _expect_files(args, "vit")
+    return Transformer.file(args.vit)
+
+
+LOADED = {"demo": _demo, "files": _files, "clip": _clip, "vit": _vit}
+
+
+def _expect_files(args: argparse.Namespace, *names: str) -> None:
+    """
+    Raises:
+        ValueError: one is not given.
+    """
+    missing = [f"--{name}" for name in names if not getattr(args, name.replace("-", "_"))]
+    if missing:
+        raise ValueError(f"--models {args.models} needs the files of the models: {', '.join(missing)}.")
 
 
 def _comfyui_version() -> str:

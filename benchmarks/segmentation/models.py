@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -56,6 +56,8 @@ class Models:
         settings: what tells these models from others; JSON.
     """
 
+    kind = "diffusion"
+
     def __init__(self, model, clip, vae, size: int, settings: dict) -> None:
         self._model, self._clip, self._vae, self._size = model, clip, vae, size
         self.settings = {**settings, "size": size}
@@ -98,23 +100,14 @@ class Models:
         import comfy.sd
         import comfy.utils
 
-        files = {"unet": unet, "vae": vae, **{f"text encoder {i}": f for i, f in enumerate(text_encoders, 1)}}
-        for name, file in files.items():
-            if not file.is_file():
-                raise FileNotFoundError(f'There is no file "{file}" for the {name}.')
-        types = {kind.name.lower(): kind for kind in comfy.sd.CLIPType}
-        if clip_type not in types:
-            raise ValueError(f'There is no CLIP type "{clip_type}". The types are: {", ".join(types)}.')
+        files = fingerprints({"unet": unet, "vae": vae, **numbered(text_encoders)})
+        clip = load_text_encoders(text_encoders, clip_type)
         return cls(
             comfy.sd.load_diffusion_model(str(unet)),
-            comfy.sd.load_clip([str(f) for f in text_encoders], clip_type=types[clip_type]),
+            clip,
             comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(vae))),
             size,
-            {
-                "models": unet.name,
-                "clip type": clip_type,
-                **{name: fingerprint(file) for name, file in files.items()},
-            },
+            {"models": unet.name, "clip type": clip_type, **files},
         )
 
     @cached_property
@@ -239,6 +232,35 @@ class Models:
 
     def _encode_prompt(self, prompt: str):
         return self._clip.encode_from_tokens_scheduled(self._clip.tokenize(prompt))
+
+
+def load_text_encoders(files: Sequence[Path], clip_type: str):
+    """A CLIP, as CLIPLoader gives it.
+
+    Raises:
+        ValueError: ComfyUI knows no such type.
+    """
+    import comfy.sd
+
+    types = {kind.name.lower(): kind for kind in comfy.sd.CLIPType}
+    if clip_type not in types:
+        raise ValueError(f'There is no CLIP type "{clip_type}". The types are: {", ".join(types)}.')
+    return comfy.sd.load_clip([str(f) for f in files], clip_type=types[clip_type])
+
+
+def numbered(text_encoders: Sequence[Path]) -> dict[str, Path]:
+    return {f"text encoder {i}": file for i, file in enumerate(text_encoders, 1)}
+
+
+def fingerprints(files: Mapping[str, Path]) -> dict[str, str]:
+    """
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    for name, file in files.items():
+        if not file.is_file():
+            raise FileNotFoundError(f'There is no file "{file}" for the {name}.')
+    return {name: fingerprint(file) for name, file in files.items()}
 
 
 def fingerprint(file: Path) -> str:

@@ -15,6 +15,7 @@ from .methods import Method, load, loader
 
 if TYPE_CHECKING:
     from .models import Models
+    from .vision import Clip, Transformer
 
 LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SAMPLES = (1, 2, 5)
@@ -33,18 +34,38 @@ class Group:
     methods: Mapping[str, Method]
 
 
-def single(models: Models, method: str, choices: Mapping) -> list[Group]:
+def single(models: Models | Clip | Transformer, method: str, choices: Mapping) -> list[Group]:
     return [Group("methods", "Result", {LABELS.get(method, method): load(method, models, choices)})]
 
 
 LABELS = {
     "concept-attention": "ConceptAttention",
+    "clip": "CLIP",
     "cross-attention": "Flux cross-attention",
     "value": "Value space",
+    "daam": "DAAM",
+    "dino": "DINO self-attention",
     "reference-cogvideox": "The reference's CogVideoX",
     "reference-flux2": "The reference's Flux.2",
     "reference-sd3": "The reference's Stable Diffusion 3",
+    "vit": "ImageNet classifier",
 }
+
+
+def explanations(models: Clip | Transformer) -> list[Group]:
+    """All that a CLIP or a vision transformer explains."""
+    from .methods import clip, vit
+
+    if models.kind == "clip":
+        choices = [("clip", {"explanation": name}) for name in clip.EXPLANATIONS]
+    elif models.head is not None:
+        choices = [("vit", {"explanation": name}) for name in vit.EXPLANATIONS]
+    else:
+        choices = [("dino", {})]
+    methods = {
+        choice.get("explanation", LABELS[name]): load(name, models, choice) for name, choice in choices
+    }
+    return [Group("explanations", f"Explanations ({LABELS[choices[0][0]]})", methods)]
 
 
 def full(models: Models, background: tuple[str, ...]) -> list[Group]:

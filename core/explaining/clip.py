@@ -115,19 +115,14 @@ def explain(
     images = rgb_images(images)
     text_tower = matching_text_tower(clip_vision, clip)
     texts = text_vectors(clip, text_tower, concepts.all)
-    device = clip_vision.load_device
-    # Relevance of pixels is off by more than it is worth in float32.
-    exact = method == "lrp" and device.type != "mps"
-    tower = vision_tower(clip_vision, torch.float64 if exact else torch.float32)
-    texts = texts.to(tower.projection)
+    tower = vision_tower(clip_vision, precision(method, clip_vision.load_device))
+    explainer = Explainer(tower, texts)
     progress = comfy.utils.ProgressBar(len(images))
     scores = []
     for image in images:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        pixels = preprocessed(clip_vision, image[None].to(device))[0].to(tower.projection)
-        maps = METHODS[method](tower, pixels, texts)
-        maps = maps.expand(len(texts), *maps.shape[-2:])
-        scores.append(maps.detach().float().cpu())
+        pixels = preprocessed(clip_vision, image[None].to(clip_vision.load_device))[0]
+        scores.append(explainer.maps(pixels, method))
         progress.update(1)
     layer = len(tower.vit.blocks) - 1
     return Recording(
@@ -140,6 +135,26 @@ def explain(
         image_size=tuple(images.shape[1:3]),
         coverage=(1.0, 1.0),
     )
+
+
+class Explainer:
+    """
+    Args:
+        texts: unit vectors (K, E).
+    """
+
+    def __init__(self, tower: VisionTower, texts: Tensor) -> None:
+        self._tower, self._texts = tower, texts.to(tower.projection)
+
+    def maps(self, pixels: Tensor, method: str) -> Tensor:
+        """Maps (K, h, w) float32, on the CPU, of a picture as ``preprocessed``, (3, size, size)."""
+        maps = METHODS[method](self._tower, pixels.to(self._tower.projection), self._texts)
+        return maps.detach().float().cpu().expand(len(self._texts), *maps.shape[-2:])
+
+
+def precision(method: str, device: torch.device) -> torch.dtype:
+    """What a method is computed in. Relevance of pixels is off by more than it is worth in float32."""
+    return torch.float64 if method == "lrp" and device.type != "mps" else torch.float32
 
 
 def preprocessed(clip_vision: ClipVisionModel, images: Tensor) -> Tensor:

@@ -142,9 +142,10 @@ class VisionTransformer:
     def patch_size(self) -> int:
         return self.patch.weight.shape[-1]
 
-    def __call__(self, pixels: Tensor, rules: Rules | None = None) -> Trace:
+    def __call__(self, pixels: Tensor, rules: Rules | None = None, keep: int | None = None) -> Trace:
         """
         Args:
+            keep: how many of the last layers the trace has; all if None.
             pixels: (3, height, width), normalised as the model wants it. What does not fill a patch, at the
                 right and the bottom, is left out.
         """
@@ -160,7 +161,7 @@ class VisionTransformer:
         if self.norm_pre is not None:
             tokens = rules.elementwise(self.norm_pre, tokens)
         turned = self._rotary(rows, columns)
-        layers = []
+        layers: list[Layer] = []
         for block in self.blocks:
             skip, tokens = rules.branch(tokens)
             qkv = rules.linear(rules.elementwise(block.norm1, tokens), block.qkv)
@@ -168,7 +169,7 @@ class VisionTransformer:
             q, k = turned(q), turned(k)
             scale = q.shape[-1] ** -0.5
             attention = rules.elementwise(lambda x, s=scale: (x * s).softmax(-1), rules.product(q, k.mT))
-            layers.append(Layer(attention, v))
+            layers = [*layers, Layer(attention, v)][-keep if keep else None :]
             mixed = rules.product(attention, v).transpose(0, 1).flatten(1)
             tokens = rules.add(skip, rules.linear(mixed, block.proj))
             skip, tokens = rules.branch(tokens)

@@ -4,7 +4,8 @@
 
 A ``Method`` is called with a ``Query`` and returns a map for each of its concepts, (K, h, w) float32 of any
 size and scale; higher where the concept is. Its ``settings`` are all that its maps depend on besides the
-models. The file's name, with dashes, is the method's name.
+models. The file's name, with dashes, is the method's name. A file for another ``kind`` of models than the
+diffusion models of ``models`` has ``KIND``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -23,6 +25,7 @@ from ....core.concepts import Concepts
 
 if TYPE_CHECKING:
     from ..models import Models
+    from ..vision import Clip, Transformer
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,37 @@ def loader(name: str) -> Callable[..., Method]:
     Raises:
         ValueError: there is no such method.
     """
+    return _file(name).load
+
+
+def kind_of(name: str) -> str:
+    """Which models the method is for, by their ``kind``.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    return getattr(_file(name), "KIND", "diffusion")
+
+
+def _file(name: str) -> ModuleType:
     if name not in available():
         raise ValueError(f'There is no method "{name}". The methods are: {", ".join(available())}.')
-    return import_module(f"{__name__}.{name.replace('-', '_')}").load
+    return import_module(f"{__name__}.{name.replace('-', '_')}")
 
 
-def load(name: str, models: Models, choices: Mapping) -> Method:
+def load(name: str, models: Models | Clip | Transformer, choices: Mapping) -> Method:
     """A method by its name.
 
     Raises:
         ValueError: there is no such method, or it does not leave one of the choices open or the model is not
             for it.
     """
+    if kind_of(name) != models.kind:
+        fitting = [method for method in available() if kind_of(method) == models.kind]
+        raise ValueError(
+            f"{name} is for {kind_of(name)} models, and these are {models.kind} models. For those there are: "
+            f"{', '.join(fitting)}."
+        )
     parameters = inspect.signature(loader(name)).parameters
     open_to_choice = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
     closed = [choice for choice in choices if choice not in open_to_choice]
