@@ -114,6 +114,21 @@ def what_to_record(
         "probability": record_probability,
     }
     known = reading_of(family).SPACES
+    lacking = [
+        name
+        for name, on, those in (
+            ("queries", record_cross_attention, QUERY_SPACES),
+            ("values", record_value, ("value",)),
+        )
+        if on and not {*those} & {*known}
+    ]
+    if lacking:
+        logging.warning(
+            "Concept Attention: %s has no space of %s to record, only: %s.",
+            family.name,
+            " or ".join(lacking),
+            ", ".join(known),
+        )
     spaces = [space for space, on in wanted.items() if on and space in known] or known[:1]
     tokens = encode_concepts(
         clip,

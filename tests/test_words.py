@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+import comfy.sd
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
 from test_families import Beside, frame_length, same, video_of
 from tiny_encoders import CLIP, ENCODERS, clip_of
 from tiny_models import WORDS, Row, concepts_of, sample, tiny
@@ -268,28 +270,42 @@ def test_probabilities_are_those_of_a_softmax_in_float64():
 
 
 @pytest.fixture(scope="module")
-def nodes_latents() -> dict[str, dict]:
-    """What Stable Diffusion 2 sampled of "a dog under a tree" through Concept Attention, with and without
-    that prompt in the node."""
-    row, prompt = WORDS["sd2"], "a dog under a tree"
-    encoder = ENCODERS["sd2"]
-    clip = clip_of(replace(encoder, options={"clip_h_model_config": {**CLIP, "hidden_size": row.width}}))
+def clip() -> comfy.sd.CLIP:
+    """Stable Diffusion 2's."""
+    options = {"clip_h_model_config": {**CLIP, "hidden_size": WORDS["sd2"].width}}
+    with torch.inference_mode():
+        return clip_of(replace(ENCODERS["sd2"], options=options))
+
+
+def attend(clip: comfy.sd.CLIP, prompt: str = "", *, others: bool) -> ModelPatcher:
+    """Concept Attention, asked for ``others`` than the space of probabilities or not."""
     widgets = {
         "background": "sky",
         "token_pooling": "automatic",
         "record_layers": "all",
-        "record_cross_attention": True,
-        "record_value": True,
+        "record_cross_attention": others,
+        "record_value": others,
     }
-    latents = {}
+    return ConceptAttention.execute(tiny("sd2"), clip, "dog, tree", **widgets, prompt=prompt).result[0]
+
+
+@pytest.fixture(scope="module")
+def nodes_latents(clip) -> dict[str, dict]:
+    """What Stable Diffusion 2 sampled of "a dog under a tree" through Concept Attention, with and without
+    that prompt in the node."""
+    prompt = "a dog under a tree"
     with torch.inference_mode():
         positive = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-        for given in (prompt, ""):
-            (observed,) = ConceptAttention.execute(
-                tiny("sd2"), clip, "dog, tree", **widgets, prompt=given
-            ).result
-            latents[given] = {"samples": sample(observed, row, positive=positive)}
-    return latents
+        return {
+            given: {"samples": sample(attend(clip, given, others=True), WORDS["sd2"], positive=positive)}
+            for given in (prompt, "")
+        }
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_spaces_that_the_model_does_not_have_are_named_in_the_log(clip, caplog, others):
+    attend(clip, others=others)
+    assert ("has no space of queries or values to record, only: probability." in caplog.text) == others
 
 
 def saliency(latent: dict, space: str):
@@ -303,7 +319,9 @@ def test_the_nodes_record_words_and_read_them_by_default(nodes_latents):
         assert maps.space == "probability"
         assert list(maps.recording.scores) == ["probability"]
         assert torch.equal(maps.values, saliency(latent, "probability").values)
-        with pytest.raises(ValueError, match='The space "output" was not recorded, only: probability'):
+        with pytest.raises(
+            ValueError, match="only: probability.* whose picture only reads the text.*no other"
+        ):
             saliency(latent, "output")
 
 

@@ -134,9 +134,12 @@ class Recording:
             ValueError: the space, a layer or all of the steps were not recorded.
         """
         if space not in self.scores:
+            hint = "Or, if the model has it, switch it on in Concept Attention and sample again."
+            if list(self.scores) == ["probability"]:
+                hint = "Models whose picture only reads the text (Stable Diffusion XL, Wan) have no other."
             raise ValueError(
                 f'The space "{space}" was not recorded, only: {"; ".join(self.scores)}. Choose one of those, '
-                'or "default". Or, if the model has it, switch it on in Concept Attention and sample again.'
+                f'or "default". {hint}'
             )
         layers = self.default_layers if layers is None else layers
         missing = [layer for layer in layers if layer not in self.layers]
