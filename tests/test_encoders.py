@@ -34,7 +34,7 @@ def encoded(name: str, *concepts: str) -> ConceptTokens:
 
 
 # What loads their text encoders has no types to choose from.
-WITHOUT_TYPES = {"LTX-2", "Stable Diffusion 1, 2, XL"}
+WITHOUT_TYPES = {"HiDream-O1", "LTX-2", "Stable Diffusion 1, 2, XL"}
 
 
 def test_every_family_has_an_encoder_here():

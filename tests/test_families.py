@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
 from einops import rearrange
-from tiny_models import ROWS, WORDS, Row, concepts_of, sample, tiny
+from tiny_models import PREFIXES, ROWS, WORDS, Row, concepts_of, sample, tiny
 from torch import Tensor
 
 from concept_attention.core.architectures import JointFamily, families, family_of
@@ -160,7 +160,7 @@ def test_a_row_is_of_its_family(model, row):
 
 
 def test_every_family_has_a_row():
-    rows = (ROWS | WORDS).values()
+    rows = (ROWS | WORDS | PREFIXES).values()
     assert {row.family for row in rows} | {"Flux.1"} == {f.name for f in families()}
 
 

@@ -7,7 +7,7 @@ import inspect
 from pathlib import Path
 
 from tiny_encoders import ENCODERS
-from tiny_models import ROWS, WORDS
+from tiny_models import PREFIXES, ROWS, WORDS
 
 from concept_attention.core.architectures import Family, families
 from concept_attention.core.architectures.unreadable import UNREADABLE
@@ -38,7 +38,7 @@ CHECKED = {
 }
 _GOLDEN = {"CogVideoX", "Flux.1", "Flux.2", "Stable Diffusion 1, 2, XL", "Stable Diffusion 3"}
 _MODELS = {row.family for row in ROWS.values()}
-_WORDS = {row.family for row in WORDS.values()}
+_WORDS = {row.family for row in (WORDS | PREFIXES).values()}
 _ENCODERS = {row.family for row in ENCODERS.values()}
 
 

@@ -264,6 +264,16 @@ ENCODERS = {
         {"qwen3_06b_model_config": llm()},
         width=WIDTH + 4,
     ),
+    "hidream-o1": EncoderRow(
+        "HiDream-O1",
+        "hidream_o1.HiDreamO1Tokenizer",
+        "hidream_o1.HiDreamO1TE",
+        ((3, 4), (3, 6)),
+        11,
+        {},
+        width=1,
+        arguments=None,
+    ),
     "cosmos": EncoderRow(
         "Cosmos-Predict2",
         "cosmos.CosmosT5Tokenizer",

@@ -19,7 +19,7 @@ class Family:
     name: ClassVar[str]
     model: ClassVar[str]
     """The class of the diffusion model, with its module below ``comfy.ldm``."""
-    reader: ClassVar[Literal["patches", "blocks", "words"]]
+    reader: ClassVar[Literal["patches", "blocks", "words", "prefixes"]]
     entry: ClassVar[Literal["diffusion_model", "apply_model"]] = "diffusion_model"
     """The wrapper (``WrappersMP``) around a call of the model. Models that call no DIFFUSION_MODEL wrapper
     are met one call further out."""
@@ -252,6 +252,26 @@ class WordsFamily(Family):
         """Which of a layer's queries are the picture's in a call of the model with these arguments, and their
         grid in that layer."""
         return slice(0, grid.size), grid
+
+
+class PrefixFamily(Family):
+    """Text stands before the picture in one sequence, and never reads it; the picture reads all. Layers are
+    the blocks."""
+
+    reader = "prefixes"
+
+    def given(self, model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        """The text (B, T, D) of a call of the model, as it is embedded."""
+        raise NotImplementedError
+
+    def start(self, arguments: dict[str, Any]) -> int:
+        """Where the picture begins among the queries of the attention that reads all, in a call with these
+        arguments."""
+        raise NotImplementedError
+
+    def keys(self, model: nn.Module, sequence: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Of each layer, the keys (1, H, T, d) that it makes of a text (T, C) alone."""
+        raise NotImplementedError
 
 
 def picked(table: Tensor, axis: int, rows: list[int]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 _UNSEEN = "no other node can see its attention"
-_ONE_WAY = "its text never reads the picture, so that a concept could not either"
 
 UNREADABLE = {
     "cascade.stage_b.StageB": (
@@ -15,7 +14,6 @@ UNREADABLE = {
         "its picture attends to words and to itself at once, and words have no part in it of their own",
     ),
     "ernie.model.ErnieImageModel": ("Ernie-Image", _UNSEEN),
-    "hidream_o1.model.HiDreamO1Transformer": ("HiDream-O1", _ONE_WAY),
     "hydit.models.HunYuanDiT": (
         "HunyuanDiT",
         "its picture reads the words of two text encoders at once, and no other node can see its queries",

@@ -90,7 +90,7 @@ class BlockReading:
                 # Of a block's attentions the first is the joint one.
                 block, self._block = self._block, None
                 with self._guard, _outside_allocation_graphs():
-                    self._attended(block, _Attention.of(*args, **kwargs), out)
+                    self._attended(block, Attention.of(*args, **kwargs), out)
                 if self._stop and self._order.complete:
                     raise Complete
             return out
@@ -124,7 +124,7 @@ class BlockReading:
 
         return entering
 
-    def _attended(self, block: _Block, seen: _Attention, out: Tensor) -> None:
+    def _attended(self, block: _Block, seen: Attention, out: Tensor) -> None:
         """Concepts go through the block, and are scored against the picture's rows ``out``."""
         if not self._order.enters(block.layer):
             return
@@ -148,7 +148,7 @@ class BlockReading:
                 self._scores["probability"].append(self._probabilities(block, concepts, seen, picture))
         self._order.left()
 
-    def _record(self, concepts: _Concepts, seen: _Attention, picture: slice, out: Tensor) -> None:
+    def _record(self, concepts: _Concepts, seen: Attention, picture: slice, out: Tensor) -> None:
         for space, scores in self._scores.items():
             if space == "output":
                 scores.append(dot_products(concepts.out, out[:, picture]))
@@ -162,7 +162,7 @@ class BlockReading:
                 queries = rearrange(concepts.q, "b h k d -> b k (h d)")
                 scores.append(dot_products(queries, keys) * (seen.scale / seen.heads))
 
-    def _probabilities(self, block: _Block, concepts: _Concepts, seen: _Attention, picture: slice) -> Tensor:
+    def _probabilities(self, block: _Block, concepts: _Concepts, seen: Attention, picture: slice) -> Tensor:
         """(B, K, N) float32; only of the rows that are asked for."""
         text = self._family.text_start(block.call, seen.length)
         text += self._family.given(block.call, self._text).start
@@ -204,7 +204,7 @@ def _patched_in_use(block: nn.Module) -> bool:
     return any(getattr(module, name, None) for module in block.modules() for name in patches)
 
 
-class _Attention(NamedTuple):
+class Attention(NamedTuple):
     """One call of an attention function: q, k and v (B, H, L, d), whatever shape they came in."""
 
     q: Tensor
@@ -222,7 +222,7 @@ class _Attention(NamedTuple):
     @classmethod
     def of(
         cls, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, *args, **kwargs
-    ) -> _Attention:
+    ) -> Attention:
         def heads_first(x: Tensor) -> Tensor:
             if not kwargs.get("skip_reshape", False):
                 x = x if x.ndim == 4 else x.unflatten(-1, (-1, width))
@@ -239,7 +239,7 @@ class _Attention(NamedTuple):
 class _Concepts:
     """The concepts' own attention in one block: over each other and the picture's keys and values."""
 
-    def __init__(self, family: JointFamily, look: Look, seen: _Attention, keys: slice) -> None:
+    def __init__(self, family: JointFamily, look: Look, seen: Attention, keys: slice) -> None:
         self._family, self._look, self._seen, self._keys = family, look, seen, keys
         self.q = self.k = self.v = self.out = None
 
@@ -247,7 +247,7 @@ class _Concepts:
         """In place of an attention function in a block that has ``count`` concepts as its text."""
 
         def attention(function: Callable, *args, **kwargs) -> Tensor:
-            given = _Attention.of(*args, **kwargs)
+            given = Attention.of(*args, **kwargs)
             out = torch.zeros_like(given.q)
             if self.out is None:  # a second attention is one of the picture alone
                 rows = slice(0, count) if self._family.text_first else slice(given.length - count, None)
@@ -258,7 +258,7 @@ class _Concepts:
 
         return attention
 
-    def _attend(self, given: _Attention, rows: slice) -> Tensor:
+    def _attend(self, given: Attention, rows: slice) -> Tensor:
         self.q, self.k, self.v = (x[:, :, rows] for x in (given.q, given.k, given.v))
         keys, values = [], []
         if self._look.attend_concepts:
