@@ -244,6 +244,32 @@ def test_a_video_of_which_frames_were_cut_off_has_the_maps_of_the_others(name):
         assert torch.equal(part.scores["probability"][evaluation], expected)
 
 
+def test_guides_that_ltx_video_is_sampled_with_are_cropped_off_its_maps_too():
+    """They stand behind the video."""
+    lt, row = importlib.import_module("comfy_extras.nodes_lt"), WORDS["ltxv"]
+    guide = torch.randn(1, row.latent[0], 1, *row.latent[2:])
+    positive, negative, latent, mask = lt.LTXVAddGuide.append_keyframe(
+        row.conditioning(2),
+        row.conditioning(3),
+        0,
+        row.empty(),
+        torch.ones(1, 1, row.latent[1], 1, 1),
+        guide,
+        1.0,
+        [8, 32, 32],
+    )
+    watched = observe(tiny("ltxv"), WhatToRecord(concepts_of(), row.concept_tokens()))
+    options = {"noise": torch.randn_like(latent), "positive": positive, "negative": negative}
+    sampled = {
+        "samples": sample_row(watched, row, latent=latent, noise_mask=mask, **options),
+        "noise_mask": mask,
+    }
+    whole = recording_of(sampled)
+    video = recording_of(lt.LTXVCropGuides.execute(positive, negative, sampled).result[2])
+    assert (whole.durations, video.durations) == ((1, 8, 8, 8), (1, 8, 8))
+    assert torch.equal(video.scores["probability"][0], whole.scores["probability"][0][:, :3])
+
+
 def test_frames_that_do_not_follow_each_other_are_no_part_of_a_video():
     samples = torch.randn(1, 16, 3, 8, 12)
     remember(samples, replace(recording(batch=3), durations=(1, 4, 4)))

@@ -1062,7 +1062,7 @@ def sample(
         "simple",
         options.pop("positive", row.conditioning(2)),
         options.pop("negative", row.conditioning(3)),
-        row.empty(batch),
+        options.pop("latent", row.empty(batch)),
         disable_pbar=True,
         seed=1,
         **options,
