@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from test_clip_vision import clip_vision, text_encoder
+from tiny_clip_vision import clip_vision, text_encoder
 
 from concept_attention.benchmarks.segmentation import cli, datasets
 from concept_attention.benchmarks.segmentation.methods import Query, load, vit

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from functools import cache, partial
+from functools import partial
+from pathlib import Path
 
 import comfy.sd
 import comfy.supported_models_base
@@ -11,12 +12,15 @@ import comfy.utils
 import pytest
 import torch
 from comfy import sd1_clip
-from comfy.clip_vision import ClipVisionModel, convert_to_transformers
+from comfy.clip_vision import ClipVisionModel
 from safetensors.torch import save_file
-from tiny_encoders import tiny_clip
+from tiny_clip_vision import CONFIG, GOLDEN, SHAPE, WIDTH, clip_vision, text_encoder, weights
+from tiny_encoders import ENCODERS, clip_of, tiny_clip
 from torch.nn import functional as F
 
+import comfyui
 from concept_attention.core.concepts import Concepts
+from concept_attention.core.drawing.transport import layer
 from concept_attention.core.explaining import clip as clip_module
 from concept_attention.core.explaining.clip import (
     METHODS,
@@ -24,62 +28,19 @@ from concept_attention.core.explaining.clip import (
     TEXTLESS,
     concept_vector,
     explain,
+    matching_text_tower,
     text_vectors,
     vision_tower,
 )
 from concept_attention.core.reading.files import load_maps, save_maps
 from concept_attention.nodes.concept_mask import ConceptMask
+from concept_attention.nodes.concept_overlay import ConceptOverlay
 from concept_attention.nodes.concept_saliency import ConceptSaliency
 from concept_attention.nodes.concept_saliency_clip_vision import ConceptSaliencyClipVision
-from golden_files import FOLDER, Golden, off
+from concept_attention.nodes.concept_segmentation import ConceptSegmentation
+from golden_files import off
 
-GOLDEN = Golden.load(FOLDER / "clip_vit.safetensors")
-CONFIG = GOLDEN.config
-WIDTH = CONFIG["embed"]
 CONCEPTS = Concepts(("dog", "cat", "grass"), ("sky",))
-
-
-def weights(prefix: str = "") -> dict[str, torch.Tensor]:
-    prefix = f"weights.{prefix}"
-    return {k.removeprefix("weights."): v.float() for k, v in GOLDEN.tensors.items() if k.startswith(prefix)}
-
-
-SHAPE = {
-    "hidden_size": CONFIG["width"],
-    "num_hidden_layers": CONFIG["layers"],
-    "num_attention_heads": CONFIG["heads"],
-    "intermediate_size": 4 * CONFIG["width"],
-    "hidden_act": "quick_gelu",
-    "image_size": CONFIG["image"],
-    "patch_size": CONFIG["patch"],
-    "num_channels": 3,
-}
-
-
-@cache
-def clip_vision() -> ClipVisionModel:
-    model = ClipVisionModel({"model_type": "clip_vision_model", **SHAPE, "projection_dim": WIDTH})
-    missing, unexpected = model.load_sd(convert_to_transformers(weights("visual."), "visual."))
-    assert not missing
-    assert not unexpected
-    return model
-
-
-@cache
-def text_encoder(width: int = WIDTH) -> comfy.sd.CLIP:
-    """A CLIP with ComfyUI's tokenizer, whose texts are of that width."""
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 1, "num_hidden_layers": 3}
-    target = comfy.supported_models_base.ClipTarget(sd1_clip.SD1Tokenizer, sd1_clip.SD1ClipModel)
-    clip = comfy.sd.CLIP(target=target, model_options={"dtype": torch.float32, "clip_l_model_config": size})
-    encoder = clip.cond_stage_model.clip_l
-    encoder.transformer.text_projection = comfy.ops.manual_cast.Linear(16, width, bias=False)
-    g = torch.Generator().manual_seed(0)
-    for name, weight in clip.cond_stage_model.named_parameters():
-        if weight.ndim > 1:
-            weight.data.copy_(torch.randn(weight.shape, generator=g) * weight.shape[-1] ** -0.5)
-        elif weight.ndim:
-            weight.data.fill_(1.0 if "norm" in name else 0.0)
-    return clip
 
 
 def picture(count: int = 1, size: tuple[int, int] = (48, 80)) -> torch.Tensor:
@@ -218,6 +179,13 @@ def test_other_nodes_take_the_maps(tmp_path):
     assert torch.allclose(again.values.sum(1), torch.ones(1, 4, 4), atol=1e-5)
     mask = ConceptMask.execute(maps, "dog", {"method": "argmax"}, False, False, 0.0, 0, 0, False).args[0]
     assert mask.shape == (1, 48, 80)
+    overlay = ConceptOverlay.execute(maps, picture(), "dog", "inferno", 0.5, "all concepts", 0.5, True).args[
+        0
+    ]
+    assert overlay.shape == (1, 48, 80, 3)
+    segmented = ConceptSegmentation.execute(maps, 0.0, 0.5, False, True, picture()).args[0]
+    assert segmented.shape == (1, 48, 80, 3)
+    assert layer(maps, 0, CONFIG["layers"] - 1).shape == (1, 3, 4, 4)
     save_maps(maps, tmp_path / "a.concepts.safetensors")
     loaded = load_maps(tmp_path / "a.concepts.safetensors")
     assert torch.equal(loaded.values, maps.values)
@@ -289,3 +257,30 @@ def test_what_memory_holds_is_no_projection_if_the_file_has_none(present, tmp_pa
     else:
         with pytest.raises(ValueError, match="clip_l has no text_projection"):
             run()
+
+
+def test_of_several_text_encoders_the_one_of_the_same_width_is_taken():
+    clip = clip_of(ENCODERS["sdxl"])
+    tower = clip.cond_stage_model.clip_g
+    tower.transformer.text_projection = comfy.ops.manual_cast.Linear(16, WIDTH, bias=False)
+    torch.nn.init.normal_(tower.transformer.text_projection.weight, generator=torch.Generator())
+    assert matching_text_tower(clip_vision(), clip) == "clip_g"
+    assert text_vectors(clip, "clip_g", ("dog",)).shape == (1, WIDTH)
+
+
+def test_a_workflow_explains_a_picture_with_gradients(tmp_path):
+    """In a server, where models are loaded and nodes run in inference mode."""
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes" / "tiny").symlink_to(Path(__file__).parent / "tiny_pack", True)
+    size = {"width": 80, "height": 48, "batch_size": 2, "color": 0x3366CC}
+    given = {"clip_vision": ["2", 0], "clip": ["2", 1], "image": ["1", 0]}
+    choices = {"concepts": "dog, cat", "background": "sky", "method": "transinterp", "names": True}
+    graph = {
+        "1": {"class_type": "EmptyImage", "inputs": size},
+        "2": {"class_type": "TestTinyClip", "inputs": {}},
+        "3": {"class_type": "ConceptSaliencyClipVision", "inputs": {**given, **choices}},
+        "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 2]}},
+    }
+    with comfyui.Server(comfyui.find(), tmp_path) as server:
+        images = server.run(graph)["outputs"]["4"]["images"]
+    assert len(images) == 4

@@ -9,8 +9,10 @@ from functools import cache, partial
 from pathlib import Path
 
 import comfy.clip_vision
+import comfy.ops
 import pytest
 import torch
+from comfy.image_encoders.dino2 import Dinov2Model
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -249,3 +251,35 @@ def test_attention_of_dinov2_and_dinov3(path, layout):
     assert off(heads, golden["expected.attention_heads"]) < TOLERANCE
     assert off(methods.attention(trace), golden["expected.attention"]) < TOLERANCE
     assert off(trace.normed, golden["expected.last_hidden_state"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("names", ["comfyui", "transformers"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov2_is_comfyuis_own(names, gated):
+    model = Dinov2Model(
+        {
+            "num_hidden_layers": 2,
+            "hidden_size": 48,
+            "num_attention_heads": 3,
+            "layer_norm_eps": 1e-6,
+            "use_swiglu_ffn": gated,
+            "image_size": 56,
+        },
+        torch.float32,
+        "cpu",
+        comfy.ops.manual_cast,
+    )
+    g = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=g) * 0.2)
+    tensors = dict(model.state_dict())
+    if names == "transformers" and gated:
+        for name in [name for name in tensors if "weights_in" in name]:
+            gate, up = tensors.pop(name).chunk(2)
+            for part, half in (("gate_proj", gate), ("up_proj", up)):
+                tensors[name.replace("weights_in", part)] = half
+        tensors = {name.replace("weights_out", "down_proj"): tensor for name, tensor in tensors.items()}
+    pixels = torch.randn(3, 84, 70, generator=g)
+    trace = checkpoints.dinov2(Weights(tensors), heads=3)(pixels)
+    assert trace.grid == (6, 5)
+    assert off(trace.normed, model(pixels[None])[0]) < TOLERANCE

@@ -146,9 +146,7 @@ def dinov2(weights: Weights, heads: int) -> VisionTransformer:
         weights.norm("layernorm", 1e-6),
         heads,
         F.silu if gated else F.gelu,
-        registers=weights["embeddings.register_tokens"][0]
-        if "embeddings.register_tokens" in weights
-        else None,
+        registers=_registers(weights),
     )
 
 
@@ -190,5 +188,10 @@ def dinov3(weights: Weights, heads: int) -> VisionTransformer:
         heads,
         F.silu if gated else F.gelu,
         rope=100.0,
-        registers=weights["embeddings.register_tokens"][0],
+        registers=_registers(weights),
     )
+
+
+def _registers(weights: Weights) -> Tensor | None:
+    tokens = weights.get("embeddings.register_tokens")
+    return None if tokens is None else tokens[0]

@@ -24,6 +24,7 @@ sys.path += [str(TESTS), str(TESTS.parent / "demo")]
 import comfyui  # noqa: E402
 
 comfyui.name_plugin()
+import tiny_clip_vision  # noqa: E402
 import tiny_encoders  # noqa: E402
 import tiny_models  # noqa: E402
 
@@ -191,9 +192,21 @@ class TinyModel(io.ComfyNode):
         return io.NodeOutput(stand_in.model(), stand_in.clip(), pictures, Noise())
 
 
+class TinyClip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TestTinyClip", inputs=[], outputs=[io.ClipVision.Output(), io.Clip.Output()]
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(tiny_clip_vision.clip_vision(), tiny_clip_vision.text_encoder())
+
+
 class TinyPack(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TinyModel]
+        return [TinyModel, TinyClip]
 
 
 async def comfy_entrypoint() -> TinyPack:
