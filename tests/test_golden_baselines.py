@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from concept_attention.core.explaining import checkpoints, methods
 from concept_attention.core.explaining.checkpoints import Weights
-from concept_attention.core.explaining.relevance import Relevance
 from concept_attention.core.explaining.vit import Linear
 from golden_files import FOLDER, Golden, off
 
@@ -111,9 +110,9 @@ def test_raw_attention_and_rollout_of_a_classifier(path):
 def test_gradcam_of_a_classifier(path, target):
     case = classifier(path)
     index = [case.targets[target]]
-    _, handed = methods.backward(case.vit, case.pixels, case.head, index)
-    expected = case.golden[f"expected.{target}.gradcam_gradients_cls"]
-    assert off(handed[0].attention[-1][:, 0], expected) < TOLERANCE
+    gradients = methods.Pass(case.vit, case.pixels, case.head)
+    (last,) = gradients.back(*index, gradients.attention[-1:])
+    assert off(last[:, 0], case.golden[f"expected.{target}.gradcam_gradients_cls"]) < TOLERANCE
     map_ = methods.gradcam(case.vit, case.pixels, case.head, index)
     assert off(map_, case.golden[f"expected.{target}.gradcam"]) < GRADIENT_TOLERANCE
 
@@ -127,12 +126,9 @@ def test_relevance_of_a_classifier(path, target, rules):
     given = case.for_relevance, case.pixels, case.head, index, rules == "ours"
     assert off(methods.lrp(*given), expected(f"lrp_{rules}")) < RELEVANCE_TOLERANCE
     assert off(methods.partial_lrp(*given), expected(f"partial_lrp_{rules}")) < RELEVANCE_TOLERANCE
-    relevance = Relevance(joint=rules == "ours")
-    trace, handed = methods.backward(
-        case.for_relevance, case.pixels, lambda cls: relevance.linear(cls, case.head), index, relevance
-    )
-    assert off(case.head(trace.cls), case.golden["expected64.logits_lrp"]) < RELEVANCE_TOLERANCE
-    for layer, c in enumerate(handed[0].attention):
+    relevance = methods.relevance_pass(case.for_relevance, case.pixels, case.head, rules == "ours")
+    assert off(case.head(relevance.trace.cls), case.golden["expected64.logits_lrp"]) < RELEVANCE_TOLERANCE
+    for layer, c in enumerate(relevance.back(*index, relevance.attention)):
         name = f"attn_relevance_{rules}.layer{layer}.cls"
         assert off(c[:, 0], expected(name)) < RELEVANCE_TOLERANCE
 
@@ -183,10 +179,10 @@ def test_gradients_of_the_cosine_of_clip(path):
     with torch.inference_mode(False):
         scores = partial(case.cosines, texts.clone())
     given = case.vit, case.pixels, scores, case.targets
-    trace, handed = methods.backward(*given)
-    assert off(scores(trace.cls), case.golden["expected.logits_per_image"]) < TOLERANCE
-    gradients = torch.stack([each.attention[-1][:, 0] for each in handed])
-    assert off(gradients, case.golden["expected.cosine.gradients_last_cls"]) < TOLERANCE
+    passed = methods.Pass(*given[:3])
+    assert off(scores(passed.trace.cls), case.golden["expected.logits_per_image"]) < TOLERANCE
+    gradients = [passed.back(target, passed.attention[-1:])[0][:, 0] for target in case.targets]
+    assert off(torch.stack(gradients), case.golden["expected.cosine.gradients_last_cls"]) < TOLERANCE
     assert off(methods.gradcam(*given), case.golden["expected.cosine.gradcam"]) < GRADIENT_TOLERANCE
     last, all_ = methods.attention_relevance(*given), methods.attention_relevance(*given, 0)
     assert off(last, case.golden["expected.cosine.relevance_last"]) < TOLERANCE

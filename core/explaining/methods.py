@@ -7,8 +7,7 @@ embedding space. Gradients and relevance need tensors that were not made in infe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,43 +35,42 @@ def rollout(trace: Trace, start_layer: int = 1) -> Tensor:
     return trace.patch_map(joint[0])
 
 
-class Backward(NamedTuple):
-    """What a score hands back, as a gradient or as relevance: to the pixels (3, height, width), and to the
-    attention (H, T, T) of each layer."""
+class Pass:
+    """A forward pass through which scores are traced back, as gradients or as relevance.
 
-    pixels: Tensor
-    attention: tuple[Tensor, ...]
+    Attributes:
+        pixels, trace: what it was made of, and what it kept.
+    """
 
+    def __init__(
+        self, vit: VisionTransformer, pixels: Tensor, scores: Scores, rules: Rules | None = None
+    ) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            self.pixels = pixels.clone().requires_grad_()
+            self.trace = vit(self.pixels, rules)
+            self._scores = scores(self.trace.cls)
 
-def backward(
-    vit: VisionTransformer,
-    pixels: Tensor,
-    scores: Scores,
-    targets: Sequence[int],
-    rules: Rules | None = None,
-) -> tuple[Trace, list[Backward]]:
-    """A forward pass, and what each of the ``targets`` among the scores hands back."""
-    with torch.inference_mode(False), torch.enable_grad():
-        pixels = pixels.clone().requires_grad_()
-        trace = vit(pixels, rules)
-        inputs = [pixels, *(layer.attention for layer in trace.layers)]
-        values = scores(trace.cls)
-        handed = []
-        for target in targets:
-            first, *rest = torch.autograd.grad(values[target], inputs, retain_graph=True)
-            handed.append(Backward(first, tuple(rest)))
-    return trace, handed
+    @property
+    def attention(self) -> list[Tensor]:
+        """Of all layers, (H, T, T)."""
+        return [layer.attention for layer in self.trace.layers]
+
+    def back(self, target: int, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What a score hands back to these tensors of the pass."""
+        with torch.inference_mode(False):
+            return torch.autograd.grad(self._scores[target], tensors, retain_graph=True)
 
 
 def gradcam(vit: VisionTransformer, pixels: Tensor, scores: Scores, targets: Sequence[int]) -> Tensor:
     """GradCAM of the last layer's attention, each map from 0 to 1; all 0 where no patch speaks for the
     score."""
-    trace, handed = backward(vit, pixels, scores, targets)
-    attended = trace.layers[-1].attention[:, 0].detach()
+    gradients = Pass(vit, pixels, scores)
+    trace, last = gradients.trace, gradients.attention[-1]
     maps = []
-    for each in handed:
-        weights = each.attention[-1][:, 0, trace.prefix :].mean(1)
-        values = trace.patch_map((weights[:, None] * attended).mean(0).clamp(min=0))
+    for target in targets:
+        (gradient,) = gradients.back(target, [last])
+        weights = gradient[:, 0, trace.prefix :].mean(1)
+        values = trace.patch_map((weights[:, None] * last[:, 0].detach()).mean(0).clamp(min=0))
         low, high = values.aminmax()
         maps.append((values - low) / torch.where(high > low, high - low, 1))
     return torch.stack(maps)
@@ -83,21 +81,15 @@ def attention_relevance(
     pixels: Tensor,
     scores: Scores,
     targets: Sequence[int],
-    start_layer: int | None = None,
+    start_layer: int = -1,
 ) -> Tensor:
-    """ "Generic Attention-model Explainability" (Chefer et al., arXiv 2103.15679), as its code for CLIP.
-
-    Args:
-        start_layer: the last if None.
-    """
-    trace, handed = backward(vit, pixels, scores, targets)
-    start = len(trace.layers) - 1 if start_layer is None else start_layer
+    """ "Generic Attention-model Explainability" (Chefer et al., arXiv 2103.15679), as its code for CLIP."""
+    gradients = Pass(vit, pixels, scores)
+    layers = gradients.attention[start_layer:]
     maps = []
-    for each in handed:
-        joint = torch.eye(len(trace.tokens)).to(pixels)
-        for layer, gradient in list(zip(trace.layers, each.attention, strict=True))[start:]:
-            joint = joint + (gradient * layer.attention.detach()).clamp(min=0).mean(0) @ joint
-        maps.append(trace.patch_map(joint[0]))
+    for target in targets:
+        pairs = zip(layers, gradients.back(target, layers), strict=True)
+        maps.append(_rolled_out(gradients.trace, (layer.detach() * gradient for layer, gradient in pairs)))
     return torch.stack(maps)
 
 
@@ -111,7 +103,8 @@ def lrp(
     Args:
         joint: the rule set, see ``relevance.Relevance``.
     """
-    return torch.stack([each.pixels.sum(0) for each in _relevance(vit, pixels, head, targets, joint)[1]])
+    relevance = relevance_pass(vit, pixels, head, joint)
+    return torch.stack([relevance.back(target, [relevance.pixels])[0].sum(0) for target in targets])
 
 
 def partial_lrp(
@@ -122,8 +115,10 @@ def partial_lrp(
     Args:
         joint: the rule set, see ``relevance.Relevance``.
     """
-    trace, handed = _relevance(vit, pixels, head, targets, joint)
-    return torch.stack([trace.patch_map(each.attention[-1].clamp(min=0).mean(0)[0]) for each in handed])
+    relevance = relevance_pass(vit, pixels, head, joint)
+    last = relevance.attention[-1:]
+    rows = [relevance.back(target, last)[0].clamp(min=0).mean(0)[0] for target in targets]
+    return relevance.trace.patch_map(torch.stack(rows))
 
 
 def transinterp(
@@ -131,24 +126,32 @@ def transinterp(
 ) -> Tensor:
     """Transformer attribution: relevance times gradient, rolled out over the layers (Chefer et al., arXiv
     2012.09838)."""
-    trace, relevance = _relevance(vit, pixels, head, targets, joint=True)
-    _, gradients = backward(vit, pixels, head, targets)
+    passes = relevance_pass(vit, pixels, head, joint=True), Pass(vit, pixels, head)
     maps = []
-    for one, other in zip(relevance, gradients, strict=True):
-        joint = torch.eye(len(trace.tokens)).to(pixels)
-        for c, gradient in list(zip(one.attention, other.attention, strict=True))[start_layer:]:
-            joint = joint + (gradient * c).clamp(min=0).mean(0) @ joint
-        maps.append(trace.patch_map(joint[0]))
+    for target in targets:
+        handed = (each.back(target, each.attention[start_layer:]) for each in passes)
+        maps.append(_rolled_out(passes[0].trace, (c * g for c, g in zip(*handed, strict=True))))
     return torch.stack(maps)
 
 
-def _relevance(
-    vit: VisionTransformer, pixels: Tensor, head: Linear, targets: Sequence[int], joint: bool
-) -> tuple[Trace, list[Backward]]:
+def relevance_pass(vit: VisionTransformer, pixels: Tensor, head: Linear, joint: bool) -> Pass:
+    """A pass that hands relevance back.
+
+    Raises:
+        ValueError: the model has parts for which there are no rules.
+    """
     if vit.rope is not None or any(block.gate is not None for block in vit.blocks):
         raise ValueError("Relevance has no rules for gated MLPs and rotary positions.")
     rules = Relevance(joint)
-    return backward(vit, pixels, lambda cls: rules.linear(cls, head), targets, rules)
+    return Pass(vit, pixels, lambda cls: rules.linear(cls, head), rules)
+
+
+def _rolled_out(trace: Trace, layers: Iterable[Tensor]) -> Tensor:
+    """What reaches CLS of each patch, (h, w), through layers (H, T, T) that each add to what was before."""
+    joint = torch.eye(len(trace.tokens)).to(trace.tokens)
+    for layer in layers:
+        joint = joint + layer.clamp(min=0).mean(0) @ joint
+    return trace.patch_map(joint[0])
 
 
 def decompose(vit: VisionTransformer, trace: Trace, projection: Tensor, texts: Tensor) -> Tensor:
