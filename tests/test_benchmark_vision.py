@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from test_benchmark_segmentation import MixingVAE
 from tiny_clip_vision import clip_vision, text_encoder
+from tiny_encoders import tiny_clip
+from tiny_models import WORDS, build
 
 from concept_attention.benchmarks.segmentation import cli, datasets
 from concept_attention.benchmarks.segmentation.methods import Query, load, vit
@@ -175,3 +179,14 @@ def test_daam_is_the_space_of_probabilities_without_a_softmax():
     maps = load("daam", demo, {})(QUERY)
     assert maps.min() >= 0
     assert maps.shape[0] == 2
+
+
+def test_daam_reads_the_cross_attention_of_stable_diffusion_2():
+    row = WORDS["sd2"]
+    row = replace(row, width=16, unet={**row.unet, "context_dim": 16})
+    with torch.inference_mode():
+        models = Models(build(row), tiny_clip("sd2"), MixingVAE(4, 8, 2), 128, {"models": "sd2"})
+        maps = load("daam", models, {})(QUERY)
+    assert maps.shape[0] == 2
+    assert 0 <= maps.min() < maps.max() <= 1
+    assert not torch.allclose(maps[0], maps[1])

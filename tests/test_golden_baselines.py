@@ -275,7 +275,7 @@ def test_dinov2_is_comfyuis_own(names, gated):
             for part, half in (("gate_proj", gate), ("up_proj", up)):
                 tensors[name.replace("weights_in", part)] = half
         tensors = {name.replace("weights_out", "down_proj"): tensor for name, tensor in tensors.items()}
-    pixels = torch.randn(3, 84, 70, generator=g)
+    pixels = torch.randn(3, 84, 84, generator=g)
     trace = checkpoints.dinov2(Weights(tensors), heads=3)(pixels)
-    assert trace.grid == (6, 5)
+    assert trace.grid == (6, 6)
     assert off(trace.normed, model(pixels[None])[0]) < TOLERANCE
