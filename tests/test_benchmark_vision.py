@@ -18,6 +18,7 @@ from tiny_models import WORDS, build
 from concept_attention.benchmarks.segmentation import cli, datasets
 from concept_attention.benchmarks.segmentation.methods import Query, load, vit
 from concept_attention.benchmarks.segmentation.models import Models
+from concept_attention.benchmarks.segmentation.report import report
 from concept_attention.benchmarks.segmentation.run import run
 from concept_attention.benchmarks.segmentation.store import Store
 from concept_attention.benchmarks.segmentation.sweep import explanations, single
@@ -127,6 +128,8 @@ def test_a_sweep_has_all_that_the_models_explain(tmp_path):
     scenes = datasets.scenes(several=False, kind="")
     store = run(scenes, explanations(clip()), clip().settings, tmp_path, limit=2, progress=False)
     assert len(store.results()) == 2
+    text = report(store, scenes).read_text()
+    assert re.search(r"\| textspan \|.*75\.21 / 54\.50 / 81\.61", text)
     assert len(next(iter(store.results().values()))["results"]) == len(METHODS)
 
 

@@ -33,9 +33,17 @@ IMAGENET = {
         "Concepts": (51.68, 34.85, 69.36),
         "Neither": (52.63, 35.72, 70.21),
     },
+    "clip": {"textspan": (75.21, 54.50, 81.61)},
+    "vit": {"transinterp": (79.70, 61.95, 86.03)},
+    "dino": {"DINO self-attention": (81.97, 69.44, 86.12)},
 }
 # Tables 1 (Pascal VOC, single class) and 2 (several classes; no mAP):
-VOC = {"methods": {"ConceptAttention": (87.85, 76.45, 90.19), "Flux cross-attention": (80.37, 54.77, 89.08)}}
+VOC = {
+    "methods": {"ConceptAttention": (87.85, 76.45, 90.19), "Flux cross-attention": (80.37, 54.77, 89.08)},
+    "clip": {"textspan": (75.00, 56.24, 84.79)},
+    "vit": {"transinterp": (76.90, 57.08, 86.74)},
+    "dino": {"DINO self-attention": (80.71, 64.33, 88.90)},
+}
 VOC_MULTI = {
     "methods": {"ConceptAttention": (86.99, 51.39, None), "Flux cross-attention": (79.52, 27.04, None)}
 }

@@ -62,10 +62,11 @@ def explanations(models: Clip | Transformer) -> list[Group]:
         choices = [("vit", {"explanation": name}) for name in vit.EXPLANATIONS]
     else:
         choices = [("dino", {})]
+    (group,) = {name for name, _ in choices}
     methods = {
         choice.get("explanation", LABELS[name]): load(name, models, choice) for name, choice in choices
     }
-    return [Group("explanations", f"Explanations ({LABELS[choices[0][0]]})", methods)]
+    return [Group(group, f"Explanations ({LABELS[group]}; the paper's Table 1)", methods)]
 
 
 def full(models: Models, background: tuple[str, ...]) -> list[Group]:
