@@ -192,8 +192,8 @@ def encode_concepts(
     front = None
     if family.causal:
         encoded = [encode(probe) for probe in probes]
-        if len(encoded[0]) == len(ids[0]) < len(_ids(given[encoder])):
-            front = 0  # it leaves out the padding and nothing else
+        if _ids(given[encoder])[0] == padding and len(encoded[0]) == len(ids[0]):
+            front = 0  # it leaves out the padding, which is in front, and nothing else
         else:
             front = _own(ids[0], ids[1:]).start - _parting(*encoded)
         if not 0 <= front <= max(0, len(_ids(given[encoder])) - len(encoded[0])):
