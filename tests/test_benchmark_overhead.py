@@ -199,7 +199,7 @@ def test_names_of_512_tokens_are_not_all_embedded_at_once():
 
 def test_the_script_runs_from_the_first_section_to_the_last(tmp_path):
     command = [sys.executable, FOLDER / "run.py", "--tiny", "--rounds", "2", "--out", tmp_path]
-    command += ["--sections", "step,families,trace,recording,reading,rows"]
+    command += ["--sections", "step,families,trace,recording,videos,reading,rows"]
     environment = {**os.environ, "COMFYUI_PATH": str(comfyui.find()), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -209,5 +209,6 @@ def test_the_script_runs_from_the_first_section_to_the_last(tmp_path):
     assert rows["without"]["time, ratio"] == 1
     assert {row[""] for row in found["families"]} == OTHERS.keys()
     assert {row["bytes per score"] for row in found["recording"]} == {4}
+    assert all(0.5 < row["of the limit"] <= 1 for row in found["videos"])
     assert TINY.depth == found["recording"][0]["layers"]
     assert {row["layer"] for row in found["rows"]} == {"qkv", "proj", "mlp.0", "mlp.2"}

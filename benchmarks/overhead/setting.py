@@ -132,10 +132,11 @@ class OtherSize:
 def other_sizes(share: int = 1, depth: int = 1, picture: int = 1024) -> dict[str, OtherSize]:
     """Models of a ``share`` of their widths and a ``depth`` of their depths, and squares of so many pixels.
 
-    Stable Diffusion 3.5 large stays in its own proportions, with as many heads as blocks, and Stable
-    Diffusion XL as deep as it is; a video has a ``share`` of its height, width, frames and text.
+    Stable Diffusion 3.5 large stays in its own proportions, with as many heads as blocks. Stable Diffusion XL
+    stays as deep as it is, and up to twice as wide: reading words costs as much as a layer is wide, the layer
+    the square of that. A video has about a ``share`` of its height, width, frames and text.
     """
-    side = 38 // share
+    side, half = 38 // share, max(1, share // 2)
     square = (picture, picture)
     return {
         "Flux.2 Klein": OtherSize(
@@ -241,7 +242,7 @@ def other_sizes(share: int = 1, depth: int = 1, picture: int = 1024) -> dict[str
                 "in_channels": 4,
                 "out_channels": 4,
                 # Channels are in groups of 32, and those with attention in heads of 64.
-                "model_channels": 32 * max(1, 10 // share),
+                "model_channels": 32 * (10 // half),
                 "num_res_blocks": [2, 2, 2],
                 "channel_mult": (1, 2, 4),
                 "num_head_channels": 64,
@@ -250,12 +251,12 @@ def other_sizes(share: int = 1, depth: int = 1, picture: int = 1024) -> dict[str
                 "transformer_depth": [0, 0, 2, 2, 10, 10],
                 "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
                 "transformer_depth_middle": 10,
-                "context_dim": 2048 // share,
+                "context_dim": 2048 // half,
                 "num_classes": "sequential",
                 "adm_in_channels": 1280 + 6 * 256,
                 "legacy": False,
             },
-            2048 // share,
+            2048 // half,
             square,
             channels=4,
             text_tokens=77,
@@ -291,7 +292,7 @@ def other_sizes(share: int = 1, depth: int = 1, picture: int = 1024) -> dict[str
                 "caption_channels": 4096 // share,
             },
             4096 // share,
-            (704 // share // 32 * 32, 1280 // share // 32 * 32),
+            (2 * 704 // (share + 1) // 32 * 32, 2 * 1280 // (share + 1) // 32 * 32),
             channels=128,
             cell=32,
             frames=15 // share + 1,
