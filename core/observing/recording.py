@@ -78,8 +78,8 @@ class Recording:
 
     @property
     def space(self) -> str:
-        """The one that maps are made from by default: the first recorded."""
-        return next(iter(self.scores))
+        """The one that maps are made from by default: "output" if it was recorded, else the first."""
+        return "output" if "output" in self.scores else next(iter(self.scores))
 
     @property
     def timed(self) -> bool:

@@ -157,7 +157,7 @@ def heatmaps(
     mean in a patch is over the evaluations in which a positive prompt was at work there; NaN if in none.
 
     Args:
-        space: the recording's first if None.
+        space: ``Recording.space`` if None.
         layers: the default layers of the model's family if None.
         steps: the sampler's steps, all if None.
         softmax: False gives the mean of the raw scores.
